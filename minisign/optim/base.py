@@ -1,0 +1,354 @@
+"""What every optimizer of minisign shares, written once.
+
+A parameter's gradient takes one of three roads to its update:
+
+    dense          the update function sees the whole tensor
+    foreach        the same, for a list of tensors in one call
+    rows           lazy or sparse gradients: the touched rows are gathered, the update function
+                   sees only those, and they are written back; every other row keeps its bits
+
+An optimizer adds its mathematics as a pure function on (parameter, gradient, buffers); this file
+knows nothing of signs or moments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, TypeAlias, TypedDict
+
+import torch
+from torch import Tensor
+
+from minisign.optim.rows import take_rows
+
+Group: TypeAlias = dict[str, Any]
+Params: TypeAlias = Iterable[Any]
+
+LAZY = (False, "grad", "ids")
+LAZY_MOMENTUM = ("freeze", "decay")
+
+
+class ExactOptimizer(torch.optim.Optimizer):
+    """``torch.optim.Optimizer`` with two rough edges taken off."""
+
+    def add_param_group(self, param_group: Group) -> None:
+        """As in torch, but the error about a parameter in two groups says which."""
+        if isinstance(param_group, dict) and not isinstance(param_group["params"], (Tensor, set)):
+            param_group["params"] = list(param_group["params"])
+        if isinstance(param_group, dict):
+            known = {id(p) for group in self.param_groups for p in group["params"]}
+            params = param_group["params"]
+            names = param_group.get("param_names")
+            for i, p in enumerate([params] if isinstance(params, Tensor) else params):
+                name, p = p if isinstance(p, tuple) else (names[i] if names else "one", p)
+                if id(p) in known:
+                    raise ValueError(
+                        "some parameters appear in more than one parameter group: "
+                        f"{name} of shape {tuple(p.shape)}"
+                    )
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """As in torch, but a state tensor keeps the dtype it was saved in (torch casts it to the parameter's)."""
+        loaded: list[Mapping[str, Any]] = []
+        # The last of the pre-hooks sees what is really loaded.
+        handle = self.register_load_state_dict_pre_hook(lambda _, s: loaded.append(s))
+        try:
+            super().load_state_dict(dict(state_dict))
+        finally:
+            handle.remove()
+        (saved,) = loaded
+        index = [i for group in saved["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        state = self.state
+        for i, p in zip(index, params, strict=True):
+            for name, value in saved["state"].get(i, {}).items():
+                current = state[p].get(name)
+                if isinstance(current, Tensor) and current.dtype != value.dtype:
+                    state[p][name] = value.detach().to(current.device, copy=True)
+
+
+class RowOptimizer(ExactOptimizer):
+    """A ``torch.optim.Optimizer`` that can also step on some rows of a parameter only.
+
+    Options of every parameter group, beside the optimizer's own:
+
+    - ``lazy``: ``False``; ``"grad"``, rows whose gradient is all zero stay as they are, bit for bit,
+      momentum too; ``"ids"``, the same for rows not recorded by :func:`minisign.track_rows` since
+      the last step. Gradients of ``nn.Embedding(sparse=True)`` are lazy whatever this says.
+    - ``lazy_momentum``: what the momentum of an absent row does. ``"freeze"`` (default): nothing, as
+      in ``torch.optim.SparseAdam``. ``"decay"``: it decays while the row stays, the older meaning of
+      a lazy optimizer (kexue.fm/archives/6869).
+    - ``maximize``, ``foreach``, ``capturable``, ``differentiable``: as in ``torch.optim``. ``foreach``
+      defaults to on where all parameters of a group are on a GPU; the result is the same.
+
+    A subclass sets ``buffers`` and implements ``_hyper``, ``_update`` and ``_update_foreach``.
+    """
+
+    buffers: ClassVar[tuple[str, ...]] = ("momentum",)
+
+    def __init__(self, params: Params, defaults: Group) -> None:
+        super().__init__(params, defaults)
+
+    # --- what a subclass says -------------------------------------------------------------------
+
+    def _check(self, group: Group) -> None:
+        """Raises on a bad value among the subclass's own options of a group."""
+
+    def _hyper(self, p: Tensor, state: Group, group: Group) -> Group:
+        """The keyword arguments of the update function, from the whole parameter."""
+        raise NotImplementedError
+
+    def _decay_rates(self, group: Group) -> tuple[float, ...]:
+        """How much of each buffer is left after a step without a gradient."""
+        raise NotImplementedError
+
+    def _update(self, p: Tensor, g: Tensor, buffers: list[Tensor], hyper: Group) -> None:
+        """One step on one tensor (or on gathered rows of it), in place."""
+        raise NotImplementedError
+
+    def _update_foreach(
+        self, ps: list[Tensor], gs: list[Tensor], buffers: list[list[Tensor]], hypers: list[Group]
+    ) -> None:
+        """One step on a list of tensors, in place; the same result as ``_update`` on each."""
+        raise NotImplementedError
+
+    # --- torch.optim's contract -----------------------------------------------------------------
+
+    def __setstate__(self, state: Group) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # a checkpoint from before an option existed
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
+
+    def add_param_group(self, param_group: Group) -> None:
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step. ``closure``, if given, re-evaluates the model and returns the loss, which is returned."""
+        self._refuse_unsafe_capture()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
+            for group in self.param_groups:
+                self._step_group(group)
+        return loss
+
+    # --- the three roads ------------------------------------------------------------------------
+
+    def _step_group(self, group: Group) -> None:
+        dense: list[tuple[Tensor, Tensor, list[Tensor], Group]] = []
+        for p in group["params"]:
+            g = self._gradient(p, group)
+            if g is None:
+                continue
+            state = self._init_state(p, group)
+            hyper = self._hyper(p, state, group)
+            buffers = [state[name] for name in self.buffers]
+            if group["lazy"] or g.layout != torch.strided:
+                rows, g = self._touched_rows(p, g, group)
+                self._update_rows(p, g, buffers, rows, hyper, group)
+            else:
+                dense.append((p, g, buffers, hyper))
+        if self._use_foreach(group, [p for p, *_ in dense]):
+            self._update_by_kind(dense)
+        else:
+            for p, g, buffers, hyper in dense:
+                self._update(p, g, buffers, hyper)
+
+    def _update_by_kind(self, dense: list[tuple[Tensor, Tensor, list[Tensor], Group]]) -> None:
+        """``_update_foreach`` for each device and dtype: torch's multi-tensor kernels want one of each."""
+        kinds: dict[Any, list[tuple[Tensor, Tensor, list[Tensor], Group]]] = {}
+        for item in dense:
+            kinds.setdefault((item[0].device, item[0].dtype), []).append(item)
+        for items in kinds.values():
+            ps, gs, buffers, hypers = (list(column) for column in zip(*items, strict=True))
+            self._update_foreach(ps, gs, [list(b) for b in zip(*buffers, strict=True)], hypers)
+
+    def _update_rows(
+        self,
+        p: Tensor,  # [V, ...]
+        g: Tensor,  # [len(rows), ...]
+        buffers: list[Tensor],  # each [V, ...]
+        rows: Tensor,  # [len(rows)], int64, each once
+        hyper: Group,
+        group: Group,
+    ) -> None:
+        p_rows, rows_of_buffers = p[rows], [b[rows] for b in buffers]
+        self._update(p_rows, g, rows_of_buffers, hyper)
+        if group["lazy_momentum"] == "decay":
+            for b, rate in zip(buffers, self._decay_rates(group), strict=True):
+                b.mul_(rate)
+        p.index_copy_(0, rows, p_rows)
+        for b, b_rows in zip(buffers, rows_of_buffers, strict=True):
+            b.index_copy_(0, rows, b_rows)
+
+    def _touched_rows(self, p: Tensor, g: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+        """The rows a lazy step moves, and their gradient."""
+        if g.layout != torch.strided:
+            if g.layout != torch.sparse_coo or g.sparse_dim() != 1:
+                raise RuntimeError(
+                    f"{self._name} takes dense gradients and those of nn.Embedding(sparse=True), "
+                    f"got layout {g.layout} for a parameter of shape {tuple(p.shape)}"
+                )
+            # Duplicates must be added up before the sign: sign(a) + sign(b) is not sign(a + b).
+            g = g.coalesce()
+            rows, values = g.indices()[0], g.values()
+            if group["lazy"] == "grad":
+                keep = nonzero_rows(values)
+                rows, values = rows[keep], values[keep]
+            return rows, values
+        rows = take_rows(p) if group["lazy"] == "ids" else nonzero_rows(g)
+        return rows, g[rows]
+
+    def _gradient(self, p: Tensor, group: Group) -> Tensor | None:
+        """What to descend along; None leaves the parameter alone."""
+        if p.grad is None or not group["maximize"]:
+            return p.grad
+        return -p.grad
+
+    # --- small things ---------------------------------------------------------------------------
+
+    def _init_state(self, p: Tensor, group: Group) -> Group:
+        state = self.state[p]
+        for name in self.buffers:
+            if name not in state:
+                state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        return state
+
+    def _use_foreach(self, group: Group, params: list[Tensor]) -> bool:
+        if group["foreach"] is None:
+            return not group["differentiable"] and bool(params) and all(p.is_cuda for p in params)
+        return bool(group["foreach"])
+
+    def _refuse_unsafe_capture(self) -> None:
+        # Renamed in torch 2.12; the old name warns there.
+        check = getattr(self, "_accelerator_graph_capture_health_check", None)
+        (check or self._cuda_graph_capture_health_check)()
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+    def _check_group(self, group: Group) -> None:
+        check_lr(group["lr"])
+        check_number("weight_decay", group["weight_decay"], 0.0)
+        self._check(group)
+        check_choice("lazy", group["lazy"], LAZY)
+        check_choice("lazy_momentum", group["lazy_momentum"], LAZY_MOMENTUM)
+        if group["foreach"] and group["differentiable"]:
+            raise ValueError("foreach=True and differentiable=True exclude each other")
+        names = group.get("param_names") or ["a parameter"] * len(group["params"])
+        for name, p in zip(names, group["params"], strict=True):
+            if p.layout != torch.strided or not p.is_floating_point():
+                raise ValueError(
+                    f"{self._name} requires dense real floating-point parameters, got {name} "
+                    f"of shape {tuple(p.shape)}, {p.dtype}, {p.layout}"
+                )
+            if group["lazy"] and p.dim() < 2:
+                raise ValueError(
+                    f"lazy={group['lazy']!r} needs parameters with rows (two or more dimensions), "
+                    f"got {name} of shape {tuple(p.shape)}"
+                )
+
+
+class SharedOptions(TypedDict, total=False):
+    """The options that all optimizers share; what they mean is said at :class:`RowOptimizer`."""
+
+    lazy: bool | str
+    lazy_momentum: str
+    maximize: bool
+    foreach: bool | None
+    capturable: bool
+    differentiable: bool
+
+
+def with_shared(options: SharedOptions, **own: Any) -> Group:
+    """An optimizer's defaults: its own and those of the shared options that are not given."""
+    shared: SharedOptions = {
+        "lazy": False,
+        "lazy_momentum": "freeze",
+        "maximize": False,
+        "foreach": None,
+        "capturable": False,
+        "differentiable": False,
+    }
+    if unknown := sorted(set(options) - set(shared)):
+        raise TypeError(f"unknown option {unknown[0]!r}: choose from {', '.join([*own, *shared])}")
+    return {**own, **shared, **options}
+
+
+def learning_rate(group: Group) -> float | Tensor:
+    """The group's rate: a number, unless a CUDA graph or autograd has to see the tensor."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and not (group["capturable"] or group["differentiable"]):
+        return float(lr)
+    return lr  # type: ignore[no-any-return]
+
+
+def nonzero_rows(g: Tensor) -> Tensor:
+    """Indices of the rows of ``g`` [V, ...] with an entry that is not zero (NaN is not zero)."""
+    return g.ne(0).flatten(1).any(1).nonzero().squeeze(1)
+
+
+def descend(p: Tensor, direction: Tensor, eta: float | Tensor, weight_decay: float) -> None:
+    """θ ← θ − η(u + λθ), in place; overwrites ``direction`` u where η is a tensor."""
+    if weight_decay != 0:
+        p.mul_(1 - eta * weight_decay)
+    if isinstance(eta, Tensor):
+        p.sub_(direction.mul_(eta))
+    else:
+        p.add_(direction, alpha=-eta)
+
+
+def descend_foreach(
+    ps: list[Tensor], directions: list[Tensor], eta: float | Tensor, weight_decay: float
+) -> None:
+    """:func:`descend` for lists with one η."""
+    if weight_decay != 0:
+        torch._foreach_mul_(ps, 1 - eta * weight_decay)
+    if isinstance(eta, Tensor):
+        torch._foreach_mul_(directions, eta)
+        torch._foreach_sub_(ps, directions)
+    else:
+        torch._foreach_add_(ps, directions, alpha=-eta)
+
+
+# --- validation: every message names the value ----------------------------------------------------
+
+
+def check_number(name: str, value: Any, low: float, below: float = math.inf) -> None:
+    """``low`` ≤ value < ``below``, and finite."""
+    if isinstance(value, (bool, str)) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not (low <= value < below):
+        raise ValueError(f"Invalid {name}: {value} (must be in [{low:g}, {below:g}))")
+
+
+def check_lr(lr: Any) -> None:
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+        lr = lr.item()
+    check_number("learning rate", lr, 0.0)
+
+
+def check_betas(betas: Any) -> None:
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"betas must be a pair of numbers, got {betas!r}")
+    for i, beta in enumerate(betas):
+        check_number(f"beta parameter at index {i}", beta, 0.0, 1.0)
+
+
+def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    # `is` for False: 0 == False, and a typo should not pass as one.
+    if not any(value is c if isinstance(c, bool) else value == c for c in choices):
+        raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(map(repr, choices))}")

@@ -1,0 +1,338 @@
+"""Tiger: one momentum, its sign, and a step in proportion to the size of the weights.
+
+    m ← β m + (1 − β) g
+    θ ← θ − η (sign(m) + λ θ)                sign(0) = 0
+
+Jianlin Su, kexue.fm/archives/9512; code in bojone/tiger (TensorFlow). The base form takes η from the
+user. The author's code takes α = ``lr`` from the user and sets η by the kind of the tensor:
+
+    matrix                  η = α RMS(θ), over the whole tensor
+    embedding               η = α RMS(θ_row), row by row
+    bias and norm weight    η = α / 2, and λ = 0
+
+Gradient accumulation over k micro-batches needs no buffer, since m is linear in g: at the first
+micro-batch m decays by β, at the others by 1, each adds (1 − β)/k · g, and θ moves after the k-th.
+A gradient that is not finite leaves m alone and shrinks the weights, θ ← (θ − c) s + c, with c = 1 for
+the weight of a norm and 0 otherwise.
+
+Where this differs from the author's code:
+
+    what                        there                       here, and why
+    kind of a tensor            by its name                 by its module (``param_groups``), else by
+                                                            its number of dimensions: a norm's weight
+                                                            is called ``weight`` in PyTorch
+    not finite                  NaN                         NaN and ±Inf: Inf poisons m as well
+    RMS(θ) = 0                  η = 0, it never moves       η = α, as LAMB's trust ratio of 1
+    absent rows of a sparse     m decays, the row moves     untouched (``lazy_momentum="decay"`` for a
+    gradient                                                momentum that decays)
+    no gradient (None) at some  TensorFlow gives zeros      a parameter without any in a cycle stays;
+    micro-batches                                           else a missing one counts as zero
+    learning rate schedule      inside, ``lr_schedule``     any of ``torch.optim.lr_scheduler``
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from minisign.optim.base import (
+    Group,
+    Params,
+    RowOptimizer,
+    SharedOptions,
+    check_number,
+    descend,
+    descend_foreach,
+    learning_rate,
+    with_shared,
+)
+
+# The author's rule, for groups that say what they hold (minisign.param_groups).
+KINDS: dict[str, Group] = {
+    "embedding": {"scale": "row_rms"},
+    "bias": {"scale": 0.5, "weight_decay": 0.0},
+    "norm": {"scale": 0.5, "weight_decay": 0.0, "center": 1.0},
+}
+
+
+def rms(p: Tensor, by_row: bool = False) -> Tensor:
+    """√mean(θ²): a 0-dim tensor, or [V, 1, …] by row; 1 where that is 0. At least float32."""
+    dims = tuple(range(1, p.dim())) if by_row else tuple(range(p.dim()))
+    dtype = torch.promote_types(p.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(p, dim=dims, keepdim=by_row, dtype=dtype)
+    count = p[0].numel() if by_row and len(p) else p.numel()
+    size = norm / max(count, 1) ** 0.5
+    return size.masked_fill(size == 0, 1.0)
+
+
+def tiger_update(
+    p: Tensor,  # θ, any shape
+    g: Tensor,  # as p
+    m: Tensor,  # as p
+    *,
+    eta: float | Tensor,  # η: a number, 0-dim, or one for each row [V, 1, …]
+    keep: float | Tensor,  # what is left of m: β, or 1 after the first micro-batch
+    weight: float,  # of the gradient: (1 − β)/k
+    weight_decay: float,  # λ
+    shrink: float,  # s
+    center: float,  # c
+    move: bool,  # False until the last micro-batch
+) -> None:
+    """One micro-step of Tiger on one tensor, in place."""
+    if not isinstance(keep, Tensor) and keep + weight == 1:
+        new = m.lerp(g, weight)
+    else:
+        new = (m * keep).add_(g, alpha=weight)
+    # m is finite, so new is finite exactly if g is. A graph or autograd must not branch on it.
+    if p.device.type == "cpu":
+        if not all_finite(new):
+            p.sub_(center).mul_(shrink).add_(center)
+            return
+        m.copy_(new)
+        if move:
+            descend(p, new.sign_(), eta, weight_decay)
+    else:
+        finite = torch.isfinite(new).all()
+        m.copy_(torch.where(finite, new, m))
+        shrunk = (p - center).mul_(shrink).add_(center)
+        if move:
+            descend(p, new.sign_(), eta, weight_decay)
+        p.copy_(torch.where(finite, p, shrunk))
+
+
+def tiger_update_foreach(
+    ps: list[Tensor],
+    gs: list[Tensor],
+    ms: list[Tensor],
+    *,
+    etas: list[float] | list[Tensor],  # one kind for all
+    keeps: list[float],
+    weight: float,
+    weight_decays: list[float],
+    shrink: float,
+    center: float,
+    move: bool,
+) -> None:
+    """:func:`tiger_update` for a list of tensors; waits for the device once, to learn what is finite."""
+    if all(keep + weight == 1 for keep in keeps):
+        news = list(torch._foreach_lerp(ms, gs, weight))
+    else:
+        news = list(torch._foreach_mul(ms, keeps))
+        torch._foreach_add_(news, gs, alpha=weight)
+    # A norm that is finite has finite parts; one that is not may merely have overflowed.
+    norms = torch.stack([norm.double() for norm in torch._foreach_norm(news)]).tolist()
+    finite = [math.isfinite(x) or all_finite(new) for x, new in zip(norms, news, strict=True)]
+    for p, ok in zip(ps, finite, strict=True):
+        if not ok:
+            p.sub_(center).mul_(shrink).add_(center)
+
+    def kept(column: list[Any]) -> list[Any]:
+        return [x for x, ok in zip(column, finite, strict=True) if ok]
+
+    ps, ms, news = kept(ps), kept(ms), kept(news)
+    etas, weight_decays = kept(etas), kept(weight_decays)
+    if not ps:
+        return
+    torch._foreach_copy_(ms, news)
+    if move:
+        torch._foreach_sign_(news)
+        torch._foreach_mul_(ps, [1 - e * d for e, d in zip(etas, weight_decays, strict=True)])
+        torch._foreach_mul_(news, etas)
+        torch._foreach_sub_(ps, news)
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether no entry is NaN or ±Inf. A finite sum has only finite parts, and is ten times cheaper."""
+    return math.isfinite(x.sum()) or bool(torch.isfinite(x).all())
+
+
+class Tiger(RowOptimizer):
+    """Tiger, "an extremely stingy optimizer": one buffer, also under gradient accumulation.
+
+    ``Tiger(model.parameters())`` follows the author's rule as far as shapes tell: tensors with fewer
+    than two dimensions get half the rate and no decay. ``Tiger(param_groups(model))`` follows it in
+    full. Call :meth:`step` after every micro-batch.
+
+    Args:
+        params: parameters, named parameters or parameter groups.
+        lr: α; what it is relative to is ``scale``'s matter. A number or a 1-element tensor.
+        beta: momentum β in [0, 1); the author uses 0.965 for text, 0.945 for images.
+        weight_decay: decoupled decay λ ≥ 0; keeps |θ| ≤ 1/λ.
+        scale: η/α: ``"rms"``, the RMS of the tensor; ``"row_rms"``, of each row, for embeddings; a
+            number, taken as it is for every shape (1.0 is the base form of kexue.fm/archives/9736).
+        accumulate: k ≥ 1 micro-batches a step, each with its own mean gradient. Moves exactly as one
+            step on their mean.
+        shrink: s in [0, 1], the factor of the weights where the gradient is not finite.
+        options: see :class:`~minisign.optim.base.RowOptimizer`. ``capturable`` excludes
+            ``accumulate`` > 1, whose count a CUDA graph would freeze.
+
+    A group may also have ``kind`` (set by :func:`minisign.param_groups`), from which follow the
+    author's ``scale``, ``weight_decay`` and ``center`` (c in the module's text) where the group does
+    not give them and the optimizer's ``scale`` is ``"rms"``.
+
+    Raises:
+        ValueError, TypeError: a bad value, named in the message.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        beta: float = 0.965,
+        weight_decay: float = 0.01,
+        *,
+        scale: str | float = "rms",
+        accumulate: int = 1,
+        shrink: float = 0.99,
+        **options: Unpack[SharedOptions],
+    ) -> None:
+        super().__init__(
+            params,
+            with_shared(
+                options,
+                lr=lr,
+                beta=beta,
+                weight_decay=weight_decay,
+                scale=scale,
+                accumulate=accumulate,
+                shrink=shrink,
+                center=0.0,
+                micro_step=0,
+            ),
+        )
+
+    def add_param_group(self, param_group: Group) -> None:
+        if isinstance(param_group, dict) and self.defaults["scale"] == "rms":
+            for name, value in KINDS.get(param_group.get("kind", ""), {}).items():
+                param_group.setdefault(name, value)
+        if isinstance(param_group, dict) and self.param_groups:  # in step with the others
+            param_group.setdefault("micro_step", self.param_groups[0]["micro_step"])
+        super().add_param_group(param_group)
+
+    def _check(self, group: Group) -> None:
+        check_number("beta", group["beta"], 0.0, 1.0)
+        check_number("shrink", group["shrink"], 0.0, math.nextafter(1.0, 2.0))
+        check_number("center", group["center"], -math.inf)
+        scale, k = group["scale"], group["accumulate"]
+        if isinstance(scale, str):
+            if scale not in ("rms", "row_rms"):
+                raise ValueError(f"unknown scale {scale!r}: choose 'rms', 'row_rms' or a number")
+        else:
+            check_number("scale", scale, 0.0)
+        if isinstance(k, bool) or not isinstance(k, int):
+            raise TypeError(f"accumulate must be a whole number of micro-batches, got {k!r}")
+        if k < 1:
+            raise ValueError(f"Invalid accumulate: {k} (must be 1 or more micro-batches)")
+        if k > 1 and group["capturable"]:
+            raise ValueError(
+                f"capturable=True needs accumulate=1, got {k}: a CUDA graph would freeze the count"
+            )
+
+    # --- one micro-step -------------------------------------------------------------------------
+
+    def _step_group(self, group: Group) -> None:
+        super()._step_group(group)
+        group["micro_step"] = (group["micro_step"] + 1) % group["accumulate"]
+
+    def _gradient(self, p: Tensor, group: Group) -> Tensor | None:
+        g = super()._gradient(p, group)
+        if g is None and group["accumulate"] > 1 and _is_last(group):
+            # It had gradients earlier in this cycle: this one counts as zero, and it moves.
+            if self.state[p].get("taken"):
+                return torch.zeros_like(p)
+            if "taken_rows" in self.state[p] and self.state[p]["taken_rows"].any():
+                none, empty = p.new_empty((1, 0), dtype=torch.int64), p.new_empty((0, *p.shape[1:]))
+                return torch.sparse_coo_tensor(none, empty, p.shape, check_invariants=False)
+        return g
+
+    def _hyper(self, p: Tensor, state: Group, group: Group) -> Group:
+        by_shape = p.dim() < 2 and isinstance(group["scale"], str)
+        move = _is_last(group)
+        scale = 0.5 if by_shape else group["scale"]
+        if scale == "rms":  # of the whole tensor, also where only some rows move
+            scale = rms(p.detach()) if move else 1.0
+        keep = group["beta"]
+        if group["accumulate"] > 1 and not self._by_rows(p, group):
+            keep = 1.0 if state.get("taken") else keep
+            state["taken"] = 0 if move else state.get("taken", 0) + 1
+        return dict(
+            lr=learning_rate(group),
+            scale=scale,
+            keep=keep,
+            weight=(1 - group["beta"]) / group["accumulate"],
+            weight_decay=0.0 if by_shape else group["weight_decay"],
+            shrink=group["shrink"],
+            center=group["center"],
+            move=move,
+        )
+
+    def _decay_rates(self, group: Group) -> tuple[float, ...]:
+        return (group["beta"] if _is_last(group) else 1.0,)
+
+    def _update(self, p: Tensor, g: Tensor, buffers: list[Tensor], hyper: Group) -> None:
+        hyper = dict(hyper)
+        eta = _eta(p, hyper.pop("lr"), hyper.pop("scale"))
+        tiger_update(p, g, *buffers, eta=eta, **hyper)
+
+    def _update_foreach(
+        self, ps: list[Tensor], gs: list[Tensor], buffers: list[list[Tensor]], hypers: list[Group]
+    ) -> None:
+        etas = [_eta(p, h["lr"], h["scale"]) for p, h in zip(ps, hypers, strict=True)]
+        (ms,) = buffers
+        for kind in (float, Tensor):
+            of_kind = [i for i, eta in enumerate(etas) if isinstance(eta, kind)]
+            if of_kind:
+                first = hypers[of_kind[0]]
+                tiger_update_foreach(
+                    *([column[i] for i in of_kind] for column in (ps, gs, ms)),
+                    etas=[etas[i] for i in of_kind],  # type: ignore[arg-type]
+                    keeps=[hypers[i]["keep"] for i in of_kind],
+                    weight_decays=[hypers[i]["weight_decay"] for i in of_kind],
+                    **{name: first[name] for name in ("weight", "shrink", "center", "move")},
+                )
+
+    def _update_rows(
+        self,
+        p: Tensor,
+        g: Tensor,
+        buffers: list[Tensor],
+        rows: Tensor,
+        hyper: Group,
+        group: Group,
+    ) -> None:
+        if group["accumulate"] > 1:
+            # A row's momentum decays when a cycle first touches it, and all rows of the cycle move at
+            # its end. `rows` and `cycle` are sorted.
+            taken = self.state[p].setdefault(
+                "taken_rows", torch.zeros(len(p), dtype=torch.bool, device=p.device)
+            )
+            before = taken.clone()
+            taken[rows] = True
+            if hyper["move"]:
+                cycle = taken.nonzero().squeeze(1)
+                sums = g.new_zeros((len(cycle), *p.shape[1:]))
+                sums[torch.searchsorted(cycle, rows)] = g
+                rows, g = cycle, sums
+                taken.zero_()
+            keep = torch.where(before[rows], 1.0, group["beta"]).to(p.dtype)
+            hyper = {**hyper, "keep": keep.view(-1, *[1] * (p.dim() - 1))}
+        super()._update_rows(p, g, buffers, rows, hyper, group)
+
+    def _use_foreach(self, group: Group, params: list[Tensor]) -> bool:
+        # The multi-tensor form waits for the device, which a graph cannot.
+        return not group["capturable"] and super()._use_foreach(group, params)
+
+    def _by_rows(self, p: Tensor, group: Group) -> bool:
+        return bool(group["lazy"]) or (p.grad is not None and p.grad.is_sparse)
+
+
+def _is_last(group: Group) -> bool:
+    return bool(group["micro_step"] + 1 >= group["accumulate"])
+
+
+def _eta(p: Tensor, lr: float | Tensor, scale: float | Tensor | str) -> float | Tensor:
+    return lr * (rms(p.detach(), by_row=True) if isinstance(scale, str) else scale)

@@ -1,0 +1,71 @@
+"""How close an embedding is to the bound ±1/λ. Plain numbers; nothing is drawn or changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+NEAR = 0.8  # of the bound: beyond it a component counts as saturated
+RARE = (1, 3)  # seen this often in training: a rare token
+FREQUENT = 200  # seen more often: a frequent one
+
+
+@dataclass(frozen=True)
+class Saturation:
+    """Extremes of an embedding, and the share of its components beyond 0.8 of the bound.
+
+    Attributes:
+        embedding_max, embedding_min: largest and smallest entry, in the parameter's units.
+        rare_saturated: share in [0, 1] among tokens seen 1 to 3 times; NaN if there are none.
+        frequent_saturated: the same among tokens seen more than 200 times.
+    """
+
+    embedding_max: float
+    embedding_min: float
+    rare_saturated: float
+    frequent_saturated: float
+
+
+def rare_tokens(counts: np.ndarray) -> np.ndarray:
+    """Which tokens [V] were seen 1 to 3 times."""
+    return (counts >= RARE[0]) & (counts <= RARE[1])
+
+
+def frequent_tokens(counts: np.ndarray) -> np.ndarray:
+    """Which tokens [V] were seen more than 200 times."""
+    return counts > FREQUENT
+
+
+@torch.no_grad()
+def saturation(weight: Tensor, counts: np.ndarray, bound: float) -> Saturation:
+    """Measures an embedding.
+
+    Args:
+        weight: the embedding [V, D].
+        counts: how often each token was a training input [V].
+        bound: 1/λ.
+    """
+    low, high = extremes(weight)
+    near = (weight.detach().abs().float() > NEAR * bound).float().mean(dim=1).cpu().numpy()
+
+    def share(tokens: np.ndarray) -> float:
+        return float(near[tokens].mean()) if tokens.any() else float("nan")
+
+    return Saturation(high, low, share(rare_tokens(counts)), share(frequent_tokens(counts)))
+
+
+@torch.no_grad()
+def extremes(weight: Tensor) -> tuple[float, float]:
+    """Smallest and largest entry."""
+    low, high = torch.aminmax(weight.detach())
+    return float(low), float(high)
+
+
+@torch.no_grad()
+def row_rms(weight: Tensor) -> np.ndarray:
+    """RMS of each row [V], in the parameter's units."""
+    rms: np.ndarray = weight.detach().float().square().mean(dim=1).sqrt().cpu().numpy()
+    return rms

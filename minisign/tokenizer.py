@@ -1,0 +1,130 @@
+"""From text to token ids: rustbpe learns a byte-pair vocabulary, tiktoken applies it."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import rustbpe
+import tiktoken
+
+SMALLEST_VOCABULARY = 256  # every byte is a token
+
+
+def read_text(files: Iterable[str | Path]) -> str:
+    """The files' text, one after the other. ``.gz`` is unpacked.
+
+    Raises:
+        ValueError: a file that is missing, unreadable, empty, or not UTF-8 text, with its name.
+    """
+    texts = []
+    for name in files:
+        try:
+            raw = Path(name).read_bytes()
+            if str(name).endswith(".gz"):
+                raw = gzip.decompress(raw)
+            text = raw.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        except (OSError, EOFError, zlib.error) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"cannot read {name}: {reason}") from None
+        if "\0" in text:
+            raise ValueError(f"{name} is binary, not text: it has a zero byte")
+        if not text.strip():
+            raise ValueError(f"{name} is empty")
+        texts.append(text.replace("\r\n", "\n"))
+    return "\n".join(texts)
+
+
+def train_encoding(text: str, vocab_size: int) -> tiktoken.Encoding:
+    """A byte-pair vocabulary of ``vocab_size`` tokens (at most: a short text has fewer pairs).
+
+    Raises:
+        ValueError: ``vocab_size`` below 256, the bytes.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise ValueError(f"vocab_size must be at least {SMALLEST_VOCABULARY}, got {vocab_size}")
+    tokenizer = rustbpe.Tokenizer()
+    tokenizer.train_from_iterator([text], vocab_size)
+    return tiktoken.Encoding(
+        "minisign",
+        pat_str=tokenizer.get_pattern(),
+        mergeable_ranks={bytes(token): rank for token, rank in tokenizer.get_mergeable_ranks()},
+        special_tokens={},
+    )
+
+
+def vocabulary_lines(encoding: tiktoken.Encoding) -> str:
+    """The vocabulary in tiktoken's file format: a token in base 64 and its rank on each line."""
+    tokens = ((encoding.decode_single_token_bytes(i), i) for i in range(encoding.n_vocab))
+    return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in tokens)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenized text: what a model trains on.
+
+    Attributes:
+        encoding: the vocabulary.
+        train, val: token ids, int64: the first 90 % of the text and the rest.
+        sha256: of the text as UTF-8, to tell it again.
+    """
+
+    encoding: tiktoken.Encoding
+    train: np.ndarray
+    val: np.ndarray
+    sha256: str
+
+    @property
+    def vocab_size(self) -> int:
+        return self.encoding.n_vocab
+
+    def batch(self, seed: int, step: int, size: int, context: int) -> np.ndarray:
+        """Training windows [size, context + 1], at random places that follow from (seed, step) alone,
+        so that a resumed run sees what an unbroken one would have seen."""
+        bits = np.random.MT19937(np.random.SeedSequence([seed, step]))
+        starts = np.random.RandomState(bits).randint(0, len(self.train) - context, size)
+        windows: np.ndarray = self.train[starts[:, None] + np.arange(context + 1)]
+        return windows
+
+    def counts(self, seed: int, steps: int, size: int, context: int) -> np.ndarray:
+        """How often each token [V] was a model's input during ``steps`` batches."""
+        counts = np.zeros(self.vocab_size, dtype=np.int64)
+        for step in range(steps):
+            ids = self.batch(seed, step, size, context)[:, :-1]
+            counts += np.bincount(ids.ravel(), minlength=self.vocab_size)
+        return counts
+
+    def windows(self, context: int, limit: int) -> np.ndarray:
+        """Validation windows [n ≤ limit, context + 1], side by side, evenly spread over ``val``."""
+        n = (len(self.val) - 1) // context
+        starts = np.unique(np.linspace(0, n - 1, min(n, limit)).astype(np.int64)) * context
+        windows: np.ndarray = self.val[starts[:, None] + np.arange(context + 1)]
+        return windows
+
+
+def tokenize(text: str, vocab_size: int, context: int) -> Tokens:
+    """Learns a vocabulary of ``text`` and splits the text nine to one.
+
+    Raises:
+        ValueError: a text too short for one window of ``context`` + 1 tokens in each part.
+    """
+    encoding = train_encoding(text, vocab_size)
+    cut = len(text) * 9 // 10
+    train, val = (
+        np.array(encoding.encode_ordinary(part), dtype=np.int64) for part in (text[:cut], text[cut:])
+    )
+    shorter = min(len(train), len(val))
+    if shorter < context + 1:
+        raise ValueError(
+            f"the text is too short: a tenth of it is {shorter} tokens, "
+            f"a context of {context} needs {context + 1}"
+        )
+    return Tokens(encoding, train, val, hashlib.sha256(text.encode()).hexdigest())

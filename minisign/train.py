@@ -1,0 +1,411 @@
+"""The training loop, what it needs to start, and checkpoints to go on from.
+
+An experiment is a :class:`Config`: everything a run depends on, from which it can be made again. The
+main job, the command line and the notebooks all run :func:`train`; what differs is a callback.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import pickle
+import time
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_model
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
+
+from minisign.corpus import CorpusConfig, generate
+from minisign.gpt import GPT, GPTConfig
+from minisign.optim import AdamW, Hybrid, Lion, Signum, Tiger, param_groups, track_rows
+from minisign.tokenizer import Tokens, read_text, tokenize
+
+OPTIMIZERS = ("signum", "lion", "tiger", "adamw")
+SCHEDULES = ("constant", "linear")
+CHECKPOINT, MODEL, CONFIG = "checkpoint.pt", "model.safetensors", "config.json"
+FORMAT = "minisign checkpoint 1"
+
+# What each optimizer starts from at this model's size, where the configuration leaves it open.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "signum": {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.9,)},
+    "lion": {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.99)},
+    "tiger": {"lr": 1e-2, "weight_decay": 0.01, "betas": (0.965,)},
+    "adamw": {"lr": 3e-3, "weight_decay": 0.01, "betas": (0.9, 0.999)},
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run.
+
+    Args:
+        text: files to train on; none of them, the generated corpus of ``corpus``.
+        corpus: the generated corpus.
+        vocab_size: tokens of the byte-pair vocabulary learned from the text.
+        context, batch: tokens in a window, windows in a batch.
+        layers, heads, width, norm, tie: see :class:`minisign.gpt.GPTConfig`.
+        optimizer: ``"signum"``, ``"lion"``, ``"tiger"`` or ``"adamw"``.
+        lr, weight_decay, betas: of the optimizer; ``None``, the figure of ``DEFAULTS``.
+        scale, accumulate, shrink: of Tiger.
+        lazy, lazy_momentum: of the embeddings' group.
+        embedding_optimizer: ``"adamw"`` puts AdamW (with its defaults) on the embeddings and
+            ``optimizer`` on the rest.
+        steps: optimizer steps; with ``accumulate`` each is one micro-batch.
+        warmup: steps over which the rate rises linearly from 0.
+        schedule: ``"constant"``, or ``"linear"``, down to 0 at ``steps``.
+        seed: of the initial weights and of the batches.
+    """
+
+    text: tuple[str, ...] = ()
+    corpus: CorpusConfig = CorpusConfig()
+    vocab_size: int = 4096
+    context: int = 32
+    batch: int = 16
+    layers: int = 2
+    heads: int = 4
+    width: int = 64
+    norm: str = "pre"
+    tie: str = "none"
+    optimizer: str = "tiger"
+    lr: float | None = None
+    weight_decay: float | None = None
+    betas: tuple[float, ...] | None = None
+    scale: str | float = "rms"
+    accumulate: int = 1
+    shrink: float = 0.99
+    lazy: bool | str = False
+    lazy_momentum: str = "freeze"
+    embedding_optimizer: str | None = None
+    steps: int = 1500
+    warmup: int = 50
+    schedule: str = "constant"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(
+                f"unknown optimizer {self.optimizer!r}: choose from {', '.join(OPTIMIZERS)}"
+            )
+        if self.embedding_optimizer not in (None, "adamw"):
+            raise ValueError(
+                f"unknown embedding_optimizer {self.embedding_optimizer!r}: choose 'adamw' or None"
+            )
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"unknown schedule {self.schedule!r}: choose from {', '.join(SCHEDULES)}")
+        for name, least in (("batch", 1), ("steps", 1), ("warmup", 0), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be a whole number, got {value!r}")
+            if value < least:
+                raise ValueError(f"{name} must be {least} or more, got {value}")
+        given = {"lr": self.lr, "weight_decay": self.weight_decay, "betas": self.betas}
+        for name, value in {**DEFAULTS[self.optimizer], **_given(given)}.items():
+            object.__setattr__(self, name, value)
+        if len(self.betas or ()) != (n := len(DEFAULTS[self.optimizer]["betas"])):
+            raise ValueError(f"{self.optimizer} takes {n} beta(s), got {self.betas}")
+        self.gpt(256)  # says what is wrong with the model's shape
+
+    def gpt(self, vocab_size: int) -> GPTConfig:
+        return GPTConfig(
+            vocab_size, self.context, self.layers, self.heads, self.width, self.norm, self.tie
+        )
+
+    @property
+    def embedding_decay(self) -> float:
+        """λ of the optimizer that holds the token embedding."""
+        if self.embedding_optimizer is not None:
+            return float(DEFAULTS[self.embedding_optimizer]["weight_decay"])
+        return float(self.weight_decay or 0.0)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Config:
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        return cls(**{**fields, "corpus": CorpusConfig(**fields["corpus"])})
+
+    def rate(self, step: int) -> float:
+        """Factor of the learning rate at a step, counted from 0."""
+        factor = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        if self.schedule == "linear":
+            factor *= (self.steps - step) / self.steps
+        return factor
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def load_tokens(config: Config) -> Tokens:
+    """The run's text, from its files or generated, and tokenized."""
+    text = read_text(config.text) if config.text else generate(config.corpus)
+    return tokenize(text, config.vocab_size, config.context)
+
+
+def build_model(config: Config, vocab_size: int) -> GPT:
+    """The model with the initial weights of ``config.seed``; leaves torch's global generator alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return GPT(config.gpt(vocab_size))
+
+
+def build_optimizer(config: Config, model: GPT) -> torch.optim.Optimizer:
+    """The optimizer that ``config`` describes, for ``model``."""
+    lazy = {"lazy": config.lazy, "lazy_momentum": config.lazy_momentum}
+    if config.lazy == "ids":
+        track_rows(model)
+    groups = param_groups(model, embedding=lazy)
+    if config.embedding_optimizer is None:
+        return _optimizer(config.optimizer, groups, config)
+    embeddings = [group for group in groups if group["kind"] == "embedding"]
+    rest = [group for group in groups if group["kind"] != "embedding"]
+    own = dataclasses.replace(
+        config, optimizer=config.embedding_optimizer, **dict.fromkeys(DEFAULTS["adamw"])
+    )
+    return Hybrid(
+        _optimizer(config.embedding_optimizer, embeddings, own),
+        _optimizer(config.optimizer, rest, config),
+    )
+
+
+def _optimizer(name: str, groups: list[dict[str, Any]], config: Config) -> torch.optim.Optimizer:
+    lr, decay, betas = config.lr or 0.0, config.weight_decay or 0.0, config.betas or ()
+    if name == "signum":
+        return Signum(groups, lr, betas[0], decay)
+    if name == "lion":
+        return Lion(groups, lr, (betas[0], betas[1]), decay)
+    if name == "adamw":
+        return AdamW(groups, lr, (betas[0], betas[1]), weight_decay=decay)
+    return Tiger(
+        groups,
+        lr,
+        betas[0],
+        decay,
+        scale=config.scale,
+        accumulate=config.accumulate,
+        shrink=config.shrink,
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """``"auto"`` is the GPU if there is one.
+
+    Raises:
+        ValueError: ``"cuda"`` where there is none.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"unknown device {name!r}: choose from auto, cpu, cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' was asked for, but torch finds no CUDA GPU")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+# --- the loop -------------------------------------------------------------------------------------
+
+
+class Run:
+    """A training run in the middle: model, optimizer, schedule, and how many steps are done.
+
+    Args:
+        config: the experiment.
+        tokens: the text, from :func:`load_tokens`.
+        device: where the model lives.
+    """
+
+    def __init__(self, config: Config, tokens: Tokens, device: str | torch.device = "cpu") -> None:
+        self.config, self.tokens, self.device = config, tokens, torch.device(device)
+        self.model = build_model(config, tokens.vocab_size).to(self.device)
+        self.optimizer = build_optimizer(config, self.model)
+        self.scheduler = LambdaLR(self.optimizer, config.rate)
+        self.step = 0
+        self.losses: list[float] = []  # of each step, in nats per token
+        self.seconds = 0.0  # spent in training
+
+    @property
+    def train_loss(self) -> float:
+        """Mean loss of the last 100 steps, nats per token."""
+        return float(np.mean(self.losses[-100:])) if self.losses else math.nan
+
+    def save(self, out: Path) -> None:
+        """Writes the checkpoint, the weights and the configuration; each file appears whole or not at all."""
+        out.mkdir(parents=True, exist_ok=True)
+        checkpoint = {
+            "format": FORMAT,
+            "config": json.dumps(self.config.to_json()),
+            "text_sha256": self.tokens.sha256,
+            "step": self.step,
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+            "seconds": self.seconds,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+        }
+        checkpoint["scheduler"] = {
+            k: v for k, v in checkpoint["scheduler"].items() if k in ("last_epoch", "_last_lr")
+        }
+        write_whole(out / MODEL, lambda path: save_model(self.model, str(path)))
+        write_whole(out / CONFIG, lambda path: write_json(path, self.config.to_json()))
+        write_whole(out / CHECKPOINT, lambda path: torch.save(checkpoint, path))
+
+    @classmethod
+    def resume(
+        cls, directory: Path, device: str | torch.device = "cpu", steps: int | None = None
+    ) -> Run:
+        """The run whose checkpoint lies in ``directory``, ready to go on.
+
+        Args:
+            steps: a new total of steps, for runs with a constant rate.
+
+        Raises:
+            ValueError: no checkpoint there, a damaged or foreign one, a text that has changed, or
+                ``steps`` that the run cannot have.
+        """
+        path = directory / CHECKPOINT
+        saved = read_checkpoint(path)
+        try:
+            config = Config.from_json(json.loads(saved["config"]))
+            if steps is not None and steps != config.steps:
+                if config.schedule != "constant":
+                    raise ValueError(
+                        f"--steps {steps} would change the {config.schedule} schedule of a run begun "
+                        f"with {config.steps} steps"
+                    )
+                config = dataclasses.replace(config, steps=steps)
+            if config.steps < saved["step"]:
+                raise ValueError(f"{path} is at step {saved['step']} already, past {config.steps}")
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not a checkpoint of minisign: {error!r}") from None
+        tokens = load_tokens(config)
+        if tokens.sha256 != saved["text_sha256"]:
+            raise ValueError(
+                f"the text is not the one {path} was trained on: SHA-256 {tokens.sha256[:12]}…, "
+                f"expected {saved['text_sha256'][:12]}…"
+            )
+        run = cls(config, tokens, device)
+        try:
+            run.model.load_state_dict(saved["model"])
+            run.optimizer.load_state_dict(saved["optimizer"])
+            run.scheduler.load_state_dict(saved["scheduler"])
+            run.step, run.seconds = saved["step"], saved["seconds"]
+            run.losses = saved["losses"].tolist()
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{path} does not fit its own configuration: {reason}") from None
+        return run
+
+
+def train(
+    run: Run, callback: Callable[[Run], None] | None = None, every: int = 10
+) -> Run:
+    """Trains until ``run.config.steps``.
+
+    Args:
+        run: a fresh or resumed run; changed in place and returned.
+        callback: called after every ``every`` steps and after the last.
+        every: steps between calls; also how often the device is waited for.
+    """
+    config, model, optimizer = run.config, run.model, run.optimizer
+    waiting: list[Tensor] = []
+    model.train()
+    start = time.perf_counter()
+    try:
+        while run.step < config.steps:
+            window = run.tokens.batch(config.seed, run.step, config.batch, config.context)
+            ids = torch.from_numpy(window).to(run.device)
+            loss = next_token_loss(model, ids)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+            run.scheduler.step()
+            run.step += 1
+            waiting.append(loss.detach())
+            if run.step % every == 0 or run.step == config.steps:
+                run.losses += torch.stack(waiting).tolist()
+                waiting.clear()
+                if not math.isfinite(run.losses[-1]):
+                    raise FloatingPointError(f"the loss is {run.losses[-1]} at step {run.step}")
+                if callback is not None:
+                    callback(run)
+    finally:
+        run.losses += torch.stack(waiting).tolist() if waiting else []
+        run.seconds += time.perf_counter() - start
+    return run
+
+
+def next_token_loss(model: GPT, windows: Tensor) -> Tensor:
+    """Mean cross-entropy, in nats per token, of windows [B, T + 1]."""
+    logits = model(windows[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+
+
+@torch.no_grad()
+def validation_loss(run: Run, windows: np.ndarray | None = None, limit: int = 512) -> float:
+    """Mean loss in nats per token over validation windows [n, T + 1] (all of the run's, up to ``limit``)."""
+    if windows is None:
+        windows = run.tokens.windows(run.config.context, limit)
+    run.model.eval()
+    total = 0.0
+    for part in np.array_split(windows, math.ceil(len(windows) / 64)):
+        total += float(next_token_loss(run.model, torch.from_numpy(part).to(run.device))) * len(part)
+    run.model.train()
+    return total / len(windows)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls ``write`` on a temporary file beside ``path`` and moves it there once it is complete."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What :meth:`Run.save` wrote.
+
+    Raises:
+        ValueError: missing, damaged or foreign, with the file's name.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no {path.name} in {path.parent}")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile):
+        raise ValueError(f"{path} is damaged or not a checkpoint: torch cannot load it") from None
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a checkpoint of minisign")
+    return saved
+
+
+def prepare_out(out: Path, expected: Sequence[str] = ()) -> None:
+    """Makes the folder, or says why it cannot be written, before anything is computed.
+
+    Raises:
+        ValueError: a file of that name, no permission, no space.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".minisign-write-test"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write to {out}: {error.strerror}") from None
