@@ -33,6 +33,7 @@ class GPTConfig:
         tie: ``"none"``, the output matrix is its own; ``"tied"``, it is the embedding;
             ``"half_swap"``, the same after swapping the halves of the hidden state, so that a token
             does not predict itself at the start (kexue.fm/archives/9698).
+        embedding_std: standard deviation of the token embedding at the start.
     """
 
     vocab_size: int
@@ -42,6 +43,7 @@ class GPTConfig:
     width: int
     norm: str = "pre"
     tie: str = "none"
+    embedding_std: float = 0.02
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context", "layers", "heads", "width"):
@@ -56,6 +58,8 @@ class GPTConfig:
             raise ValueError(f"unknown norm {self.norm!r}: choose from {', '.join(NORMS)}")
         if self.tie not in TIES:
             raise ValueError(f"unknown tie {self.tie!r}: choose from {', '.join(TIES)}")
+        if not self.embedding_std > 0:
+            raise ValueError(f"embedding_std must be positive, got {self.embedding_std}")
         if self.tie == "half_swap" and self.width % 2:
             raise ValueError(f"tie='half_swap' needs an even width, got {self.width}")
 
@@ -115,8 +119,8 @@ class GPT(nn.Module):
     """``model(ids)`` gives the logits of the next token.
 
     ``model.embedding`` is the token embedding, ``model.head`` the output layer; with tied embeddings
-    both have the same weight. All matrices start as N(0, 0.02²), those that write to the residual
-    stream as N(0, 0.02² / 2·layers), as in GPT-2.
+    both have the same weight. Matrices start as N(0, 0.02²), those that write to the residual stream
+    as N(0, 0.02² / 2·layers), as in GPT-2, and the token embedding as N(0, embedding_std²).
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -131,6 +135,7 @@ class GPT(nn.Module):
             if p.dim() == 2:
                 residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
                 nn.init.normal_(p, std=0.02 / (2 * config.layers) ** 0.5 if residual else 0.02)
+        nn.init.normal_(self.embedding.weight, std=config.embedding_std)
         if config.tie != "none":
             self.head.weight = self.embedding.weight
 

@@ -23,7 +23,6 @@ import torch
 from safetensors.torch import save_model
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LambdaLR
 
 from minisign.corpus import CorpusConfig, generate
 from minisign.gpt import GPT, GPTConfig
@@ -31,7 +30,6 @@ from minisign.optim import AdamW, Hybrid, Lion, Signum, Tiger, param_groups, tra
 from minisign.tokenizer import Tokens, read_text, tokenize
 
 OPTIMIZERS = ("signum", "lion", "tiger", "adamw")
-SCHEDULES = ("constant", "linear")
 CHECKPOINT, MODEL, CONFIG = "checkpoint.pt", "model.safetensors", "config.json"
 FORMAT = "minisign checkpoint 1"
 
@@ -39,7 +37,7 @@ FORMAT = "minisign checkpoint 1"
 DEFAULTS: dict[str, dict[str, Any]] = {
     "signum": {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.9,)},
     "lion": {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.99)},
-    "tiger": {"lr": 1e-2, "weight_decay": 0.01, "betas": (0.965,)},
+    "tiger": {"lr": 9e-3, "weight_decay": 0.01, "betas": (0.965,)},
     "adamw": {"lr": 3e-3, "weight_decay": 0.01, "betas": (0.9, 0.999)},
 }
 
@@ -53,7 +51,9 @@ class Config:
         corpus: the generated corpus.
         vocab_size: tokens of the byte-pair vocabulary learned from the text.
         context, batch: tokens in a window, windows in a batch.
-        layers, heads, width, norm, tie: see :class:`minisign.gpt.GPTConfig`.
+        layers, heads, width, norm, tie, embedding_std: see :class:`minisign.gpt.GPTConfig`;
+            ``None`` for the last is 0.02 with tied embeddings and 0.2 without, where a wide start lets
+            rows that are seldom updated stand out from the positions.
         optimizer: ``"signum"``, ``"lion"``, ``"tiger"`` or ``"adamw"``.
         lr, weight_decay, betas: of the optimizer; ``None``, the figure of ``DEFAULTS``.
         scale, accumulate, shrink: of Tiger.
@@ -62,13 +62,13 @@ class Config:
             ``optimizer`` on the rest.
         steps: optimizer steps; with ``accumulate`` each is one micro-batch.
         warmup: steps over which the rate rises linearly from 0.
-        schedule: ``"constant"``, or ``"linear"``, down to 0 at ``steps``.
+        decay: share of the steps, at the end, over which the rate falls linearly to 0; 0 for none.
         seed: of the initial weights and of the batches.
     """
 
     text: tuple[str, ...] = ()
     corpus: CorpusConfig = CorpusConfig()
-    vocab_size: int = 4096
+    vocab_size: int = 2048
     context: int = 32
     batch: int = 16
     layers: int = 2
@@ -76,6 +76,7 @@ class Config:
     width: int = 64
     norm: str = "pre"
     tie: str = "none"
+    embedding_std: float | None = None
     optimizer: str = "tiger"
     lr: float | None = None
     weight_decay: float | None = None
@@ -86,9 +87,9 @@ class Config:
     lazy: bool | str = False
     lazy_momentum: str = "freeze"
     embedding_optimizer: str | None = None
-    steps: int = 1500
+    steps: int = 2000
     warmup: int = 50
-    schedule: str = "constant"
+    decay: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -100,8 +101,8 @@ class Config:
             raise ValueError(
                 f"unknown embedding_optimizer {self.embedding_optimizer!r}: choose 'adamw' or None"
             )
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"unknown schedule {self.schedule!r}: choose from {', '.join(SCHEDULES)}")
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay must be in [0, 1], got {self.decay}")
         for name, least in (("batch", 1), ("steps", 1), ("warmup", 0), ("seed", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
@@ -113,11 +114,20 @@ class Config:
             object.__setattr__(self, name, value)
         if len(self.betas or ()) != (n := len(DEFAULTS[self.optimizer]["betas"])):
             raise ValueError(f"{self.optimizer} takes {n} beta(s), got {self.betas}")
+        if self.embedding_std is None:
+            object.__setattr__(self, "embedding_std", 0.2 if self.tie == "none" else 0.02)
         self.gpt(256)  # says what is wrong with the model's shape
 
     def gpt(self, vocab_size: int) -> GPTConfig:
         return GPTConfig(
-            vocab_size, self.context, self.layers, self.heads, self.width, self.norm, self.tie
+            vocab_size,
+            self.context,
+            self.layers,
+            self.heads,
+            self.width,
+            self.norm,
+            self.tie,
+            self.embedding_std or 0.0,
         )
 
     @property
@@ -137,10 +147,9 @@ class Config:
 
     def rate(self, step: int) -> float:
         """Factor of the learning rate at a step, counted from 0."""
-        factor = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
-        if self.schedule == "linear":
-            factor *= (self.steps - step) / self.steps
-        return factor
+        rise = (step + 1) / self.warmup if self.warmup else 1.0
+        fall = (self.steps - step) / (self.steps * self.decay) if self.decay else 1.0
+        return min(1.0, rise, fall)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -227,7 +236,7 @@ class Run:
         self.config, self.tokens, self.device = config, tokens, torch.device(device)
         self.model = build_model(config, tokens.vocab_size).to(self.device)
         self.optimizer = build_optimizer(config, self.model)
-        self.scheduler = LambdaLR(self.optimizer, config.rate)
+        self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.step = 0
         self.losses: list[float] = []  # of each step, in nats per token
         self.seconds = 0.0  # spent in training
@@ -249,10 +258,6 @@ class Run:
             "seconds": self.seconds,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-        }
-        checkpoint["scheduler"] = {
-            k: v for k, v in checkpoint["scheduler"].items() if k in ("last_epoch", "_last_lr")
         }
         write_whole(out / MODEL, lambda path: save_model(self.model, str(path)))
         write_whole(out / CONFIG, lambda path: write_json(path, self.config.to_json()))
@@ -276,10 +281,9 @@ class Run:
         try:
             config = Config.from_json(json.loads(saved["config"]))
             if steps is not None and steps != config.steps:
-                if config.schedule != "constant":
+                if config.decay:
                     raise ValueError(
-                        f"--steps {steps} would change the {config.schedule} schedule of a run begun "
-                        f"with {config.steps} steps"
+                        f"steps {steps} would change the decay of a run begun with {config.steps} steps"
                     )
                 config = dataclasses.replace(config, steps=steps)
             if config.steps < saved["step"]:
@@ -296,7 +300,6 @@ class Run:
         try:
             run.model.load_state_dict(saved["model"])
             run.optimizer.load_state_dict(saved["optimizer"])
-            run.scheduler.load_state_dict(saved["scheduler"])
             run.step, run.seconds = saved["step"], saved["seconds"]
             run.losses = saved["losses"].tolist()
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
@@ -306,7 +309,10 @@ class Run:
 
 
 def train(
-    run: Run, callback: Callable[[Run], None] | None = None, every: int = 10
+    run: Run,
+    callback: Callable[[Run], object] | None = None,
+    every: int = 10,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Run:
     """Trains until ``run.config.steps``.
 
@@ -314,20 +320,25 @@ def train(
         run: a fresh or resumed run; changed in place and returned.
         callback: called after every ``every`` steps and after the last.
         every: steps between calls; also how often the device is waited for.
+        stop: asked before every step; True ends the training between two steps.
+
+    Raises:
+        FloatingPointError: the loss is no longer finite.
     """
     config, model, optimizer = run.config, run.model, run.optimizer
     waiting: list[Tensor] = []
     model.train()
     start = time.perf_counter()
     try:
-        while run.step < config.steps:
+        while run.step < config.steps and not stop():
             window = run.tokens.batch(config.seed, run.step, config.batch, config.context)
             ids = torch.from_numpy(window).to(run.device)
+            for group, lr in zip(optimizer.param_groups, run.base_lrs, strict=True):
+                group["lr"] = lr * config.rate(run.step)
             loss = next_token_loss(model, ids)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()
-            run.scheduler.step()
             run.step += 1
             waiting.append(loss.detach())
             if run.step % every == 0 or run.step == config.steps:

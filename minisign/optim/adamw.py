@@ -15,9 +15,10 @@ With ``lazy`` or sparse gradients, m and v of an absent row stay and t goes on, 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
 from minisign.optim.base import (
     Group,
@@ -29,6 +30,9 @@ from minisign.optim.base import (
     learning_rate,
     with_shared,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def adamw_update(

@@ -10,9 +10,10 @@ it stands inside the sign.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
 from minisign.optim.base import (
     Group,
@@ -25,6 +26,9 @@ from minisign.optim.base import (
     learning_rate,
     with_shared,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def signum_update(

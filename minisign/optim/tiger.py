@@ -33,11 +33,10 @@ Where this differs from the author's code:
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
 from minisign.optim.base import (
     Group,
@@ -50,6 +49,9 @@ from minisign.optim.base import (
     learning_rate,
     with_shared,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # The author's rule, for groups that say what they hold (minisign.param_groups).
 KINDS: dict[str, Group] = {

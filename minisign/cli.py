@@ -1,0 +1,374 @@
+"""The command line: arguments and messages, nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from minisign.train import Config, Run
+
+DESCRIPTION = """\
+Sign-based optimizers to read, run and trust.
+
+Sign optimizers (Tiger, Lion, Signum) move an embedding row for as long as its momentum has a sign, and
+the sign does not decay: the rows of rare tokens run to exactly ±1/λ. `minisign reproduce` shows it
+happen on a small GPT, with each cure beside it."""
+
+EXAMPLES = """\
+examples:
+  minisign reproduce                             all variants, on two CPU cores in about five minutes
+  minisign reproduce --text book.txt             the same on your own text
+  minisign reproduce --variants tiger,lazy       two of them
+  minisign train --optimizer lion --out runs/a   one run, with a checkpoint
+  minisign train --resume runs/a --steps 3000    and on from there
+  minisign corpus --words 1000 --out sample.txt  the generated text"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line, and the exit code is 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="minisign",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _reproduce_arguments(
+        commands.add_parser(
+            "reproduce",
+            help="train a small GPT with each variant and show the blow-up and its cures",
+            description="Trains the same small GPT with a sign optimizer and with each cure, prints a "
+            "table, and writes results.json and three pictures.",
+        )
+    )
+    _train_arguments(
+        commands.add_parser(
+            "train",
+            help="one run with any optimizer; leaves weights and a checkpoint to go on from",
+            description="Trains one model. Leaves model.safetensors, config.json and checkpoint.pt in "
+            "--out. Ctrl-C stops between two steps and saves.",
+        )
+    )
+    _corpus_arguments(
+        commands.add_parser(
+            "corpus",
+            help="write the generated text in two invented languages",
+            description="Writes the generated corpus and prints its SHA-256. The same options give the "
+            "same text on every platform.",
+        )
+    )
+    return parser
+
+
+def _common_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--text", nargs="+", metavar="FILE", help="train on this UTF-8 text (.gz too) instead of the generated one"
+    )
+    parser.add_argument(
+        "--device", default="cpu", metavar="auto|cpu|cuda", help="default: cpu; auto takes a GPU if there is one"
+    )
+
+
+def _reproduce_arguments(parser: argparse.ArgumentParser) -> None:
+    from minisign.reproduce import STEPS, VARIANTS
+
+    parser.set_defaults(run=run_reproduce)
+    _common_arguments(parser)
+    parser.add_argument(
+        "--variants",
+        default=",".join(VARIANTS),
+        metavar="A,B,…",
+        help="which to train, in this order; default: %(default)s",
+    )
+    parser.add_argument(
+        "--form",
+        default="rms",
+        metavar="rms|base",
+        help="Tiger's step: rms, α times the RMS of the weights, as its author ships it; base, one η for all "
+        "(default: rms)",
+    )
+    parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/reproduce"), metavar="DIR", help="default: %(default)s"
+    )
+
+
+# name of the option → (field of Config, how to read it, metavar, help)
+_TRAIN_OPTIONS: dict[str, tuple[str, Any, str, str]] = {
+    "--optimizer": ("optimizer", str, "NAME", "signum, lion, tiger or adamw (default: tiger)"),
+    "--lr": ("lr", float, "X", "learning rate; default: one that suits the optimizer here"),
+    "--weight-decay": ("weight_decay", float, "λ", "decoupled weight decay; default: likewise"),
+    "--betas": ("betas", None, "β", "one for signum and tiger, two for lion and adamw"),
+    "--scale": ("scale", None, "S", "Tiger's step: rms, row_rms or a number (default: rms)"),
+    "--accumulate": ("accumulate", int, "K", "Tiger: micro-batches to a step (default: 1)"),
+    "--shrink": ("shrink", float, "X", "Tiger: factor of the weights at a NaN (default: 0.99)"),
+    "--lazy": ("lazy", None, "HOW", "lazy embeddings: none, grad or ids (default: none)"),
+    "--lazy-momentum": ("lazy_momentum", str, "HOW", "of absent rows: freeze or decay (default: freeze)"),
+    "--embedding-optimizer": ("embedding_optimizer", None, "NAME", "adamw, or none (default: none)"),
+    "--steps": ("steps", int, "N", "in all, those before --resume too (default: 2000)"),
+    "--batch": ("batch", int, "N", "windows in a batch (default: 16)"),
+    "--context": ("context", int, "N", "tokens in a window (default: 32)"),
+    "--warmup": ("warmup", int, "N", "steps of rising rate (default: 50)"),
+    "--decay": ("decay", float, "X", "share of the steps of falling rate, at the end (default: 0)"),
+    "--layers": ("layers", int, "N", "blocks (default: 2)"),
+    "--heads": ("heads", int, "N", "attention heads (default: 4)"),
+    "--width": ("width", int, "N", "entries of a hidden state (default: 64)"),
+    "--norm": ("norm", str, "WHERE", "pre or post (default: pre)"),
+    "--tie": ("tie", str, "HOW", "none, tied or half_swap (default: none)"),
+    "--embedding-std": ("embedding_std", float, "X", "of the embedding at the start (default: 0.2; tied: 0.02)"),
+    "--vocab-size": ("vocab_size", int, "N", "byte-pair tokens (default: 2048)"),
+    "--seed": ("seed", int, "S", "of weights and batches (default: 0)"),
+}
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=run_train)
+    _common_arguments(parser)
+    for option, (field, kind, metavar, text) in _TRAIN_OPTIONS.items():
+        more = {"nargs": "+", "type": float} if field == "betas" else {"type": kind or str}
+        parser.add_argument(option, dest=field, metavar=metavar, help=text, **more)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to save; required without --resume")
+    parser.add_argument("--resume", type=Path, metavar="DIR", help="go on from the checkpoint in DIR")
+    parser.add_argument(
+        "--save-every", type=int, metavar="N", help="also save after every N steps; default: at the end only"
+    )
+
+
+def _corpus_arguments(parser: argparse.ArgumentParser) -> None:
+    from minisign.corpus import CorpusConfig
+
+    default = CorpusConfig()
+    parser.set_defaults(run=run_corpus)
+    parser.add_argument("--words", type=int, default=default.words, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--exponent", type=float, default=default.exponent, metavar="S", help="of Zipf's law (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rare-share",
+        type=float,
+        default=default.rare_share,
+        metavar="X",
+        help="share of the documents in the rare language (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=default.seed, metavar="S", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write the text")
+
+
+# --- the commands ---------------------------------------------------------------------------------
+
+
+def run_reproduce(args: argparse.Namespace) -> int:
+    from minisign.reproduce import VariantRun, base_config, reproduce
+    from minisign.train import pick_device
+
+    device = pick_device(args.device)
+    variants = [name.strip() for name in args.variants.split(",") if name.strip()]
+    base = base_config(args.text or (), args.steps, args.seed)
+    finished: list[VariantRun] = []
+    print(f"{len(variants)} variants, {base.steps} steps each, on {device}", file=sys.stderr)
+    try:
+        reproduce(variants, args.form, base, device, args.out, _progress, finished.append)
+    except KeyboardInterrupt:
+        kept = f"{len(finished)} of {len(variants)} variants are in {args.out}" if finished else "nothing to keep"
+        _print_table(finished)
+        print(f"\ninterrupted: {kept}", file=sys.stderr)
+        return 130
+    _print_table(finished)
+    print(f"\nresults.json and the pictures are in {args.out}")
+    return 0
+
+
+def run_train(args: argparse.Namespace) -> int:
+    from minisign.train import Config, Run, load_tokens, pick_device, prepare_out, train, validation_loss
+
+    if args.out is None and args.resume is None:
+        raise ValueError("train needs --out DIR, or --resume DIR to go on from")
+    if args.save_every is not None and args.save_every < 1:
+        raise ValueError(f"--save-every must be 1 or more, got {args.save_every}")
+    device = pick_device(args.device)
+    given = _given_fields(args)
+    if args.resume is not None:
+        run = Run.resume(args.resume, device, given.get("steps"))
+        _refuse_changes(run.config, given)
+        if run.step == run.config.steps:
+            raise ValueError(f"{args.resume} is at step {run.step}, its last: give more --steps to go on")
+    else:
+        config = Config(**given)
+        run = Run(config, load_tokens(config), device)
+    out = args.out or args.resume
+    prepare_out(out)
+
+    stopping = _stop_on_interrupt()
+    bar = _bar("train", run.config.steps, run.step)
+
+    def after(run: Run) -> None:
+        _advance(bar, run, loss=f"{run.losses[-1]:.3f}")
+        if args.save_every and run.step % args.save_every == 0 and run.step < run.config.steps:
+            run.save(out)
+
+    train(run, after, every=_gcd(10, args.save_every), stop=lambda: bool(stopping))
+    bar.close()
+    run.save(out)
+    if stopping:
+        print(f"interrupted at step {run.step}: go on with minisign train --resume {out}", file=sys.stderr)
+        return 130
+    print(
+        f"step {run.step}: training loss {run.train_loss:.3f}, validation loss {validation_loss(run):.3f} "
+        f"nats per token, {run.seconds:.0f} s; saved in {out}"
+    )
+    return 0
+
+
+def run_corpus(args: argparse.Namespace) -> int:
+    from minisign.corpus import CorpusConfig, generate, sha256
+    from minisign.train import prepare_out, write_whole
+
+    config = CorpusConfig(args.words, args.exponent, args.rare_share, args.seed)
+    prepare_out(args.out.parent)
+    text = generate(config)
+    write_whole(args.out, lambda path: path.write_bytes(text.encode()))
+    print(f"{sha256(text)}  {args.out}")
+    return 0
+
+
+# --- small things ---------------------------------------------------------------------------------
+
+
+def _given_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a Config that the command line gives, read as the Config wants them."""
+    given = {field: getattr(args, field) for field, *_ in _TRAIN_OPTIONS.values()}
+    given["text"] = args.text
+    given = {field: value for field, value in given.items() if value is not None}
+    for field in ("text", "betas"):
+        if field in given:
+            given[field] = tuple(given[field])
+    if given.get("lazy") == "none":
+        given["lazy"] = False
+    if given.get("embedding_optimizer") == "none":
+        given["embedding_optimizer"] = None
+    if "scale" in given and given["scale"] not in ("rms", "row_rms"):
+        try:
+            given["scale"] = float(given["scale"])
+        except ValueError:
+            raise ValueError(f"--scale must be rms, row_rms or a number, got {given['scale']}") from None
+    return given
+
+
+def _refuse_changes(config: Config, given: dict[str, Any]) -> None:
+    for field, value in given.items():
+        saved = getattr(config, field)
+        if value != saved and field != "steps":
+            option = next((o for o, (f, *_) in _TRAIN_OPTIONS.items() if f == field), f"--{field}")
+            raise ValueError(f"{option} {value} is not what the run to resume has: {saved}")
+
+
+def _stop_on_interrupt() -> list[int]:
+    """A list that Ctrl-C fills, so that training ends between two steps; a second Ctrl-C ends it at once."""
+    seen: list[int] = []
+
+    def on_interrupt(number: int, frame: object) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    return seen
+
+
+def _gcd(every: int, save_every: int | None) -> int:
+    import math
+
+    return math.gcd(every, save_every) if save_every else every
+
+
+def _bar(name: str, total: int, done: int = 0) -> Any:
+    from tqdm import tqdm
+
+    # In a log file, a line every half minute is enough.
+    pause = 0.1 if sys.stderr.isatty() else 30.0
+    return tqdm(
+        total=total, initial=done, desc=f"{name:9}", unit="step", dynamic_ncols=True, mininterval=pause
+    )
+
+
+def _advance(bar: Any, run: Run, **shown: str) -> None:
+    bar.set_postfix(shown, refresh=False)
+    bar.update(run.step - bar.n)
+
+
+def _progress(variant: str, config: Config) -> Any:
+    bar = _bar(variant, config.steps)
+
+    def on_step(run: Run, largest: float) -> None:
+        _advance(bar, run, loss=f"{run.losses[-1]:.3f}", largest=f"{largest:.3g}")
+        if run.step == config.steps:
+            bar.close()
+
+    return on_step
+
+
+def _print_table(runs: Sequence[Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    if not runs:
+        return
+    table = Table(box=box.SIMPLE, title="The embedding against its bound ±1/λ", title_justify="left")
+    table.add_column("variant", no_wrap=True)
+    for name in ("train\nloss", "val\nloss", "bound\n1/λ", "largest\nentry", "smallest\nentry"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("rare near\nbound", "frequent\nnear bound", "seconds"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for run in runs:
+        r = run.result
+        table.add_row(
+            r["variant"],
+            f"{r['train_loss']:.2f}",
+            f"{r['val_loss']:.2f}",
+            f"{r['bound']:g}",
+            f"{r['embedding_max']:.4g}",
+            f"{r['embedding_min']:.4g}",
+            _percent(r["rare_saturated"]),
+            _percent(r["frequent_saturated"]),
+            f"{r['seconds']:.0f}",
+        )
+    Console().print(table)
+    print("near bound: share of the components beyond 0.8/λ; rare: seen 1 to 3 times; frequent: > 200")
+
+
+def _percent(share: float | None) -> str:
+    return "none" if share is None else "0" if share == 0 else f"{100 * share:.1f} %"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    command = f"{parser.prog} {args.command}"
+    try:
+        code: int = args.run(args)
+        return code
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        print(f"{command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{command}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

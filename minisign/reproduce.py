@@ -1,0 +1,269 @@
+"""The main job: the embedding blow-up and each fix, side by side, on the same text and the same batches.
+
+One function, :func:`reproduce`, trains the variants one after the other, measures, and leaves a table,
+three pictures and ``results.json``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import platform
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from minisign import theory
+from minisign.probes import extremes, frequent_tokens, rare_tokens, row_rms, saturation
+from minisign.tokenizer import Tokens
+from minisign.train import Config, Run, load_tokens, prepare_out, train, validation_loss, write_json
+from minisign.train import write_whole
+
+FORMS = ("rms", "base")
+
+# How the sign optimizers of each form step: Tiger by the author's rule, or with one η for all.
+_TIGER: dict[str, dict[str, Any]] = {
+    "rms": {"optimizer": "tiger", "scale": "rms", "lr": 9e-3, "weight_decay": 0.01},
+    "base": {"optimizer": "tiger", "scale": 1.0, "lr": 2e-3, "weight_decay": 1.0},
+}
+# What each variant changes against plain Tiger.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "tiger": {},
+    "lion": {"optimizer": "lion", "lr": 3e-3, "weight_decay": 1.0},
+    "lazy": {"lazy": "ids"},
+    "tied": {"tie": "tied"},
+    "half_swap": {"tie": "half_swap"},
+    "hybrid": {"embedding_optimizer": "adamw"},
+    "adamw": {"optimizer": "adamw", "lr": 3e-3, "weight_decay": 0.01},
+}
+STEPS, DECAY = 2000, 0.5
+
+
+def base_config(text: Sequence[str] = (), steps: int = STEPS, seed: int = 0) -> Config:
+    """What all variants have in common."""
+    return Config(text=tuple(text), steps=steps, seed=seed, decay=DECAY)
+
+
+def variant_config(base: Config, variant: str, form: str = "rms") -> Config:
+    """The configuration of a variant.
+
+    Raises:
+        ValueError: an unknown variant or form.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"unknown variant {variant!r}: choose from {', '.join(VARIANTS)}")
+    if form not in FORMS:
+        raise ValueError(f"unknown form {form!r}: choose from {', '.join(FORMS)}")
+    # The defaults of another optimizer or tie are its own, not the base's.
+    changes = {"betas": None, "embedding_std": None, **_TIGER[form], **VARIANTS[variant]}
+    return dataclasses.replace(base, **changes)
+
+
+@dataclass
+class VariantRun:
+    """A trained variant and what the pictures need of it.
+
+    Attributes:
+        result: its entry in ``results.json``.
+        steps, share: at intervals, the step and the largest |embedding entry| / bound.
+        theory_label, theory: the closed form at those steps, where there is one.
+        weight: the embedding [V, D] / bound.
+    """
+
+    config: Config
+    result: dict[str, Any]
+    steps: list[int]
+    share: list[float]
+    theory_label: str
+    theory: np.ndarray | None
+    weight: np.ndarray
+
+
+Progress = Callable[[Run, float], object]  # the run and its largest entry so far
+
+
+def run_variant(
+    variant: str,
+    config: Config,
+    tokens: Tokens,
+    counts: np.ndarray,
+    device: torch.device | str = "cpu",
+    progress: Progress = lambda run, largest: None,
+) -> VariantRun:
+    """Trains one variant and measures its embedding.
+
+    Args:
+        variant: its name in the results.
+        counts: how often each token is a training input in this run [V].
+        progress: called every ten steps.
+    """
+    run = Run(config, tokens, device)
+    limit = theory.bound(config.embedding_decay)
+    weight = run.model.embedding.weight
+    start = max(map(abs, extremes(weight)))
+    start_rms = float(row_rms(weight).mean())
+    steps, share = [0], [start / limit]
+
+    def measure(run: Run) -> None:
+        largest = max(map(abs, extremes(weight)))
+        steps.append(run.step)
+        share.append(largest / limit)
+        progress(run, largest)
+
+    train(run, measure)
+    found = saturation(weight, counts, limit)
+    head = max(map(abs, extremes(run.model.head.weight)))
+    label, curve = _theory(config, start, start_rms)
+    result = {
+        "variant": variant,
+        "steps": run.step,
+        "train_loss": run.train_loss,
+        "val_loss": validation_loss(run),
+        "bound": limit,
+        **{k: None if math.isnan(v) else v for k, v in dataclasses.asdict(found).items()},
+        "head_max": head,
+        "seconds": run.seconds,
+    }
+    in_bounds = (weight.detach().float() / limit).cpu().numpy()
+    at = np.array(steps[1:]) - 1
+    expected = None if curve is None else np.concatenate([share[:1], curve[at] / limit])
+    return VariantRun(config, result, steps, share, label, expected, in_bounds)
+
+
+def _theory(config: Config, start: float, start_rms: float) -> tuple[str, np.ndarray | None]:
+    """The curve that no embedding entry of this run should outgrow, after each step; in its units."""
+    if config.optimizer == "adamw" or config.embedding_optimizer == "adamw":
+        return "", None
+    rates = np.array([config.rate(step) for step in range(config.steps)]) * (config.lr or 0.0)
+    if isinstance(config.scale, str) and config.optimizer == "tiger":
+        return "logistic", theory.logistic_growth(rates, config.embedding_decay, start)
+    scale = config.scale if config.optimizer == "tiger" else 1.0
+    return "envelope", theory.envelope(rates * float(scale), config.embedding_decay, start)
+
+
+def reproduce(
+    variants: Iterable[str] = tuple(VARIANTS),
+    form: str = "rms",
+    base: Config | None = None,
+    device: torch.device | str = "cpu",
+    out: Path | None = None,
+    progress: Callable[[str, Config], Progress] = lambda variant, config: lambda run, largest: None,
+    finished: Callable[[VariantRun], object] = lambda run: None,
+) -> list[VariantRun]:
+    """Trains the variants and writes what is found.
+
+    Args:
+        variants: names from ``VARIANTS``; one named twice is run once.
+        form: ``"rms"``, Tiger as its author ships it; ``"base"``, the article's equation.
+        base: what the variants share, from :func:`base_config`.
+        out: a folder for ``results.json`` and the pictures; written anew after each variant, so that
+            an interruption loses only the variant it hits.
+        progress: given a variant and its configuration, returns what :func:`run_variant` is to call.
+        finished: called with each run when it is measured and saved.
+
+    Returns:
+        The runs, in order.
+
+    Raises:
+        ValueError: an unknown variant or form, a text that cannot be used, a folder that cannot be
+            written; before anything is trained.
+    """
+    base = base or base_config()
+    configs = {name: variant_config(base, name, form) for name in variants}
+    if not configs:
+        raise ValueError(f"no variants: choose from {', '.join(VARIANTS)}")
+    tokens = load_tokens(base)
+    if out is not None:
+        prepare_out(out)
+    counts = tokens.counts(base.seed, base.steps, base.batch, base.context)
+    about = {
+        **base.to_json(),
+        "form": form,
+        "variants": {name: _differences(base, config) for name, config in configs.items()},
+        "text_sha256": tokens.sha256,
+        "tokens": len(tokens.train),
+        "vocab_size": tokens.vocab_size,
+        "rare_tokens": int(rare_tokens(counts).sum()),
+        "frequent_tokens": int(frequent_tokens(counts).sum()),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    runs: list[VariantRun] = []
+    for name, config in configs.items():
+        runs.append(run_variant(name, config, tokens, counts, device, progress(name, config)))
+        if out is not None:
+            write_results(out, about, runs)
+        finished(runs[-1])
+    if out is not None:
+        write_pictures(out, runs, counts, form)
+    return runs
+
+
+def _differences(base: Config, config: Config) -> dict[str, Any]:
+    mine, theirs = config.to_json(), base.to_json()
+    return {
+        "lr": config.lr,
+        "weight_decay": config.weight_decay,
+        **{name: value for name, value in mine.items() if value != theirs[name]},
+    }
+
+
+def write_results(out: Path, about: dict[str, Any], runs: Sequence[VariantRun]) -> None:
+    """``results.json``: the configuration, and each run's figures."""
+    results = {"config": about, "runs": [run.result for run in runs]}
+    write_whole(out / "results.json", lambda path: write_json(path, results))
+
+
+def write_pictures(out: Path, runs: Sequence[VariantRun], counts: np.ndarray, form: str) -> list[Path]:
+    """The three pictures of the runs; ``counts`` is how often each token was seen [V]."""
+    from minisign import plots  # matplotlib takes a second to load
+
+    steps = max(run.result["steps"] for run in runs)
+    what = f"{form} form, {steps} steps"
+    names = [run.result["variant"] for run in runs]
+    rare, frequent = rare_tokens(counts), frequent_tokens(counts)
+    expected: dict[tuple[str, float], VariantRun] = {}
+    for run in runs:
+        if run.theory is not None:
+            expected.setdefault((run.theory_label, run.config.lr or 0.0), run)
+    figures = {
+        "growth.png": plots.growth(
+            {name: (run.steps, run.share) for name, run in zip(names, runs, strict=True)},
+            {
+                f"theory: {label} ({run.result['variant']})": (run.steps, run.theory)
+                for (label, _), run in expected.items()
+                if run.theory is not None
+            },
+            f"Largest embedding entry ({what})",
+        ),
+        "distribution.png": plots.distributions(
+            {
+                name: (run.weight[rare].ravel(), run.weight[frequent].ravel())
+                for name, run in zip(names, runs, strict=True)
+            },
+            f"Components of rare and frequent tokens' embeddings ({what})",
+        ),
+        "rows.png": plots.rows_by_frequency(
+            {
+                name: (counts, np.sqrt((run.weight**2).mean(axis=1)))
+                for name, run in zip(names, runs, strict=True)
+            },
+            f"Row size against token frequency ({what})",
+        ),
+    }
+    for name, figure in figures.items():
+        write_whole(out / name, lambda path, figure=figure: plots.save(figure, path))
+    return [out / name for name in figures]
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """What :func:`write_results` wrote."""
+    results: dict[str, Any] = json.loads(path.read_text())
+    return results
