@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import signal
 import sys
 from collections.abc import Sequence
@@ -74,10 +73,16 @@ def build_parser() -> Parser:
 
 def _common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--text", nargs="+", metavar="FILE", help="train on this UTF-8 text (.gz too) instead of the generated one"
+        "--text",
+        nargs="+",
+        metavar="FILE",
+        help="train on this UTF-8 text (.gz too) instead of the generated one",
     )
     parser.add_argument(
-        "--device", default="cpu", metavar="auto|cpu|cuda", help="default: cpu; auto takes a GPU if there is one"
+        "--device",
+        default="cpu",
+        metavar="auto|cpu|cuda",
+        help="default: cpu; auto takes a GPU if there is one",
     )
 
 
@@ -96,8 +101,8 @@ def _reproduce_arguments(parser: argparse.ArgumentParser) -> None:
         "--form",
         default="rms",
         metavar="rms|base",
-        help="Tiger's step: rms, α times the RMS of the weights, as its author ships it; base, one η for all "
-        "(default: rms)",
+        help="Tiger's step: rms, α times the RMS of the weights, as its author ships it; base, one η for "
+        "all (default: rms)",
     )
     parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
@@ -128,7 +133,12 @@ _TRAIN_OPTIONS: dict[str, tuple[str, Any, str, str]] = {
     "--width": ("width", int, "N", "entries of a hidden state (default: 64)"),
     "--norm": ("norm", str, "WHERE", "pre or post (default: pre)"),
     "--tie": ("tie", str, "HOW", "none, tied or half_swap (default: none)"),
-    "--embedding-std": ("embedding_std", float, "X", "of the embedding at the start (default: 0.2; tied: 0.02)"),
+    "--embedding-std": (
+        "embedding_std",
+        float,
+        "X",
+        "of the embedding at the start (default: 0.2; tied: 0.02)",
+    ),
     "--vocab-size": ("vocab_size", int, "N", "byte-pair tokens (default: 2048)"),
     "--seed": ("seed", int, "S", "of weights and batches (default: 0)"),
 }
@@ -143,7 +153,10 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to save; required without --resume")
     parser.add_argument("--resume", type=Path, metavar="DIR", help="go on from the checkpoint in DIR")
     parser.add_argument(
-        "--save-every", type=int, metavar="N", help="also save after every N steps; default: at the end only"
+        "--save-every",
+        type=int,
+        metavar="N",
+        help="also save after every N steps; default: at the end only",
     )
 
 
@@ -152,9 +165,15 @@ def _corpus_arguments(parser: argparse.ArgumentParser) -> None:
 
     default = CorpusConfig()
     parser.set_defaults(run=run_corpus)
-    parser.add_argument("--words", type=int, default=default.words, metavar="N", help="default: %(default)s")
     parser.add_argument(
-        "--exponent", type=float, default=default.exponent, metavar="S", help="of Zipf's law (default: %(default)s)"
+        "--words", type=int, default=default.words, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--exponent",
+        type=float,
+        default=default.exponent,
+        metavar="S",
+        help="of Zipf's law (default: %(default)s)",
     )
     parser.add_argument(
         "--rare-share",
@@ -182,7 +201,11 @@ def run_reproduce(args: argparse.Namespace) -> int:
     try:
         reproduce(variants, args.form, base, device, args.out, _progress, finished.append)
     except KeyboardInterrupt:
-        kept = f"{len(finished)} of {len(variants)} variants are in {args.out}" if finished else "nothing to keep"
+        kept = (
+            f"{len(finished)} of {len(variants)} variants are in {args.out}"
+            if finished
+            else "nothing to keep"
+        )
         _print_table(finished)
         print(f"\ninterrupted: {kept}", file=sys.stderr)
         return 130
@@ -276,7 +299,7 @@ def _refuse_changes(config: Config, given: dict[str, Any]) -> None:
 
 
 def _stop_on_interrupt() -> list[int]:
-    """A list that Ctrl-C fills, so that training ends between two steps; a second Ctrl-C ends it at once."""
+    """A list that Ctrl-C fills, to end training between two steps; a second Ctrl-C ends it at once."""
     seen: list[int] = []
 
     def on_interrupt(number: int, frame: object) -> None:
@@ -327,11 +350,9 @@ def _print_table(runs: Sequence[Any]) -> None:
 
     if not runs:
         return
-    table = Table(box=box.SIMPLE, title="The embedding against its bound ±1/λ", title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, title="The embedding against its bound ±1/λ", title_justify="left")
     table.add_column("variant", no_wrap=True)
-    for name in ("train\nloss", "val\nloss", "bound\n1/λ", "largest\nentry", "smallest\nentry"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name in ("rare near\nbound", "frequent\nnear bound", "seconds"):
+    for name in ("train", "val", "1/λ", "largest", "smallest", "rare", "frequent", "s"):
         table.add_column(name, justify="right", no_wrap=True)
     for run in runs:
         r = run.result
@@ -347,7 +368,11 @@ def _print_table(runs: Sequence[Any]) -> None:
             f"{r['seconds']:.0f}",
         )
     Console().print(table)
-    print("near bound: share of the components beyond 0.8/λ; rare: seen 1 to 3 times; frequent: > 200")
+    print(
+        "train, val: loss in nats per token. largest, smallest: entries of the embedding.\n"
+        "rare, frequent: share of the components beyond 0.8/λ among tokens seen 1 to 3 times, and more "
+        "than 200 times."
+    )
 
 
 def _percent(share: float | None) -> str:

@@ -51,6 +51,9 @@ class CorpusConfig:
             raise ValueError(f"seed must be in [0, 2³²), got {self.seed}")
 
 
+DEFAULT = CorpusConfig()
+
+
 @dataclass(frozen=True)
 class Language:
     """Sounds and sizes of an invented language.
@@ -91,7 +94,7 @@ RARE = Language(
 )
 
 
-def generate(config: CorpusConfig = CorpusConfig()) -> str:
+def generate(config: CorpusConfig = DEFAULT) -> str:
     """The text: documents of about 90 words, a blank line between two, ending with a newline."""
     random = np.random.RandomState(config.seed)
     common = _Writer(COMMON, config.exponent, random)

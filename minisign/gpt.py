@@ -110,9 +110,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [B, T, D] → [B, T, D]
         if self.pre:
             x = x + self.attention(self.norm1(x))
-            return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
+            return x + self.mlp(self.norm2(x))
         x = self.norm1(x + self.attention(x))
-        return self.norm2(x + self.mlp(x))  # type: ignore[no-any-return]
+        return self.norm2(x + self.mlp(x))
 
 
 class GPT(nn.Module):

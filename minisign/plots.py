@@ -6,8 +6,9 @@ line has its own dash as well.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -28,7 +29,7 @@ STYLES = {
 }
 
 
-def _style(name: str) -> dict[str, object]:
+def _style(name: str) -> dict[str, Any]:
     color, dash = STYLES.get(name, (GREY, "-"))
     return {"color": color, "linestyle": dash}
 

@@ -12,6 +12,7 @@ import math
 import platform
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,16 @@ import torch
 from minisign import theory
 from minisign.probes import extremes, frequent_tokens, rare_tokens, row_rms, saturation
 from minisign.tokenizer import Tokens
-from minisign.train import Config, Run, load_tokens, prepare_out, train, validation_loss, write_json
-from minisign.train import write_whole
+from minisign.train import (
+    Config,
+    Run,
+    load_tokens,
+    prepare_out,
+    train,
+    validation_loss,
+    write_json,
+    write_whole,
+)
 
 FORMS = ("rms", "base")
 
@@ -259,7 +268,7 @@ def write_pictures(out: Path, runs: Sequence[VariantRun], counts: np.ndarray, fo
         ),
     }
     for name, figure in figures.items():
-        write_whole(out / name, lambda path, figure=figure: plots.save(figure, path))
+        write_whole(out / name, partial(plots.save, figure))
     return [out / name for name in figures]
 
 

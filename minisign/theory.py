@@ -29,11 +29,11 @@ def envelope(etas: ArrayLike, weight_decay: float, start: float = 0.0) -> NDArra
     Returns:
         The envelope after each step [T], in the parameter's units.
     """
-    etas = np.asarray(etas, dtype=np.float64)
+    steps = np.asarray(etas, dtype=np.float64)
     if weight_decay == 0:
-        return start + np.cumsum(etas)
+        return np.asarray(start + np.cumsum(steps))
     limit = bound(weight_decay)
-    return limit - (limit - start) * np.cumprod(1 - etas * weight_decay)
+    return np.asarray(limit - (limit - start) * np.cumprod(1 - steps * weight_decay))
 
 
 def logistic_growth(alphas: ArrayLike, weight_decay: float, start: float) -> NDArray[np.float64]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import pickle
 import time
 import zipfile
@@ -24,7 +23,7 @@ from safetensors.torch import save_model
 from torch import Tensor
 from torch.nn import functional as F
 
-from minisign.corpus import CorpusConfig, generate
+from minisign.corpus import DEFAULT as DEFAULT_CORPUS, CorpusConfig, generate
 from minisign.gpt import GPT, GPTConfig
 from minisign.optim import AdamW, Hybrid, Lion, Signum, Tiger, param_groups, track_rows
 from minisign.tokenizer import Tokens, read_text, tokenize
@@ -67,7 +66,7 @@ class Config:
     """
 
     text: tuple[str, ...] = ()
-    corpus: CorpusConfig = CorpusConfig()
+    corpus: CorpusConfig = DEFAULT_CORPUS
     vocab_size: int = 2048
     context: int = 32
     batch: int = 16
@@ -94,9 +93,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
-            raise ValueError(
-                f"unknown optimizer {self.optimizer!r}: choose from {', '.join(OPTIMIZERS)}"
-            )
+            raise ValueError(f"unknown optimizer {self.optimizer!r}: choose from {', '.join(OPTIMIZERS)}")
         if self.embedding_optimizer not in (None, "adamw"):
             raise ValueError(
                 f"unknown embedding_optimizer {self.embedding_optimizer!r}: choose 'adamw' or None"
@@ -180,7 +177,7 @@ def build_optimizer(config: Config, model: GPT) -> torch.optim.Optimizer:
     embeddings = [group for group in groups if group["kind"] == "embedding"]
     rest = [group for group in groups if group["kind"] != "embedding"]
     own = dataclasses.replace(
-        config, optimizer=config.embedding_optimizer, **dict.fromkeys(DEFAULTS["adamw"])
+        config, optimizer=config.embedding_optimizer, lr=None, weight_decay=None, betas=None
     )
     return Hybrid(
         _optimizer(config.embedding_optimizer, embeddings, own),
@@ -247,7 +244,7 @@ class Run:
         return float(np.mean(self.losses[-100:])) if self.losses else math.nan
 
     def save(self, out: Path) -> None:
-        """Writes the checkpoint, the weights and the configuration; each file appears whole or not at all."""
+        """Writes checkpoint, weights and configuration; each file appears whole or not at all."""
         out.mkdir(parents=True, exist_ok=True)
         checkpoint = {
             "format": FORMAT,
@@ -264,9 +261,7 @@ class Run:
         write_whole(out / CHECKPOINT, lambda path: torch.save(checkpoint, path))
 
     @classmethod
-    def resume(
-        cls, directory: Path, device: str | torch.device = "cpu", steps: int | None = None
-    ) -> Run:
+    def resume(cls, directory: Path, device: str | torch.device = "cpu", steps: int | None = None) -> Run:
         """The run whose checkpoint lies in ``directory``, ready to go on.
 
         Args:
@@ -336,7 +331,7 @@ def train(
             for group, lr in zip(optimizer.param_groups, run.base_lrs, strict=True):
                 group["lr"] = lr * config.rate(run.step)
             loss = next_token_loss(model, ids)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             run.step += 1
@@ -362,7 +357,7 @@ def next_token_loss(model: GPT, windows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def validation_loss(run: Run, windows: np.ndarray | None = None, limit: int = 512) -> float:
-    """Mean loss in nats per token over validation windows [n, T + 1] (all of the run's, up to ``limit``)."""
+    """Mean loss in nats per token over validation windows [n, T + 1] (``limit`` of them at most)."""
     if windows is None:
         windows = run.tokens.windows(run.config.context, limit)
     run.model.eval()
@@ -381,7 +376,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         write(partial)
-        os.replace(partial, path)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -15,7 +15,7 @@ With ``lazy`` or sparse gradients, m and v of an absent row stay and t goes on, 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ def adamw_update_foreach(
     ms: list[Tensor],
     vs: list[Tensor],
     *,
-    steps: list[float] | list[Tensor],
+    steps: list[Any],  # numbers or tensors
     lr: float | Tensor,
     beta1: float,
     beta2: float,
@@ -80,7 +80,7 @@ def adamw_update_foreach(
     torch._foreach_lerp_(ms, gs, 1 - beta1)
     torch._foreach_mul_(vs, beta2)
     torch._foreach_addcmul_(vs, gs, gs, value=1 - beta2)
-    step_sizes = [lr / (1 - beta1**step) for step in steps]
+    step_sizes: list[Any] = [lr / (1 - beta1**step) for step in steps]
     denominators = list(torch._foreach_sqrt(vs))
     torch._foreach_div_(denominators, [(1 - beta2**step) ** 0.5 for step in steps])
     torch._foreach_add_(denominators, eps)

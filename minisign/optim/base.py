@@ -50,7 +50,7 @@ class ExactOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """As in torch, but a state tensor keeps the dtype it was saved in (torch casts it to the parameter's)."""
+        """As in torch, but a state tensor keeps its dtype, where torch casts it to the parameter's."""
         loaded: list[Mapping[str, Any]] = []
         # The last of the pre-hooks sees what is really loaded.
         handle = self.register_load_state_dict_pre_hook(lambda _, s: loaded.append(s))
@@ -130,8 +130,8 @@ class RowOptimizer(ExactOptimizer):
             self.param_groups.pop()
             raise
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step. ``closure``, if given, re-evaluates the model and returns the loss, which is returned."""
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step. ``closure``, if given, evaluates the model again; its loss is returned."""
         self._refuse_unsafe_capture()
         loss = None
         if closure is not None:
@@ -291,7 +291,7 @@ def learning_rate(group: Group) -> float | Tensor:
     lr = group["lr"]
     if isinstance(lr, Tensor) and not (group["capturable"] or group["differentiable"]):
         return float(lr)
-    return lr  # type: ignore[no-any-return]
+    return lr
 
 
 def nonzero_rows(g: Tensor) -> Tensor:

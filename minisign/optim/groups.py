@@ -76,9 +76,7 @@ def _owned(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
             yield name, parameter, module
 
 
-def _kind(
-    name: str, parameter: nn.Parameter, module: nn.Module, output: nn.Module | None
-) -> str:
+def _kind(name: str, parameter: nn.Parameter, module: nn.Module, output: nn.Module | None) -> str:
     if _is_embedding(module):
         return "embedding"
     if isinstance(module, NORMS) or type(module).__name__.endswith("Norm"):

@@ -30,9 +30,7 @@ class Hybrid(ExactOptimizer):
         TypeError: something that is no optimizer. ValueError: no optimizers, or a parameter in two.
     """
 
-    def __init__(
-        self, *optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer]
-    ) -> None:
+    def __init__(self, *optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer]) -> None:
         if len(optimizers) == 1 and isinstance(optimizers[0], (list, tuple)):
             optimizers = tuple(optimizers[0])
         if not optimizers:
@@ -45,7 +43,7 @@ class Hybrid(ExactOptimizer):
 
     # torch.optim.Optimizer keeps its state in this attribute; ours is that of the members.
     @property
-    def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
+    def state(self) -> defaultdict[Tensor, Any]:
         return defaultdict(dict, {p: s for o in self.optimizers for p, s in o.state.items()})
 
     @state.setter
@@ -80,7 +78,7 @@ class Hybrid(ExactOptimizer):
             )
         super().add_param_group(param_group)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of each member, in order; ``closure`` is called once, before them."""
         loss = None
         if closure is not None:

@@ -86,18 +86,14 @@ class Lion(RowOptimizer):
         weight_decay: float = 0.0,
         **options: Unpack[SharedOptions],
     ) -> None:
-        super().__init__(
-            params, with_shared(options, lr=lr, betas=betas, weight_decay=weight_decay)
-        )
+        super().__init__(params, with_shared(options, lr=lr, betas=betas, weight_decay=weight_decay))
 
     def _check(self, group: Group) -> None:
         check_betas(group["betas"])
 
     def _hyper(self, p: Tensor, state: Group, group: Group) -> Group:
         beta1, beta2 = group["betas"]
-        return dict(
-            lr=learning_rate(group), beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"]
-        )
+        return dict(lr=learning_rate(group), beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"])
 
     def _decay_rates(self, group: Group) -> tuple[float, ...]:
         return (group["betas"][1],)

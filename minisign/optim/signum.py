@@ -87,9 +87,7 @@ class Signum(RowOptimizer):
         check_number("beta", group["beta"], 0.0, 1.0)
 
     def _hyper(self, p: Tensor, state: Group, group: Group) -> Group:
-        return dict(
-            lr=learning_rate(group), beta=group["beta"], weight_decay=group["weight_decay"]
-        )
+        return dict(lr=learning_rate(group), beta=group["beta"], weight_decay=group["weight_decay"])
 
     def _decay_rates(self, group: Group) -> tuple[float, ...]:
         return (group["beta"],)

@@ -45,7 +45,6 @@ from minisign.optim.base import (
     SharedOptions,
     check_number,
     descend,
-    descend_foreach,
     learning_rate,
     with_shared,
 )
@@ -132,18 +131,18 @@ def tiger_update_foreach(
         if not ok:
             p.sub_(center).mul_(shrink).add_(center)
 
-    def kept(column: list[Any]) -> list[Any]:
+    def kept(column: Any) -> list[Any]:
         return [x for x, ok in zip(column, finite, strict=True) if ok]
 
     ps, ms, news = kept(ps), kept(ms), kept(news)
-    etas, weight_decays = kept(etas), kept(weight_decays)
+    factors = [1 - e * d for e, d in zip(kept(etas), kept(weight_decays), strict=True)]
     if not ps:
         return
     torch._foreach_copy_(ms, news)
     if move:
         torch._foreach_sign_(news)
-        torch._foreach_mul_(ps, [1 - e * d for e, d in zip(etas, weight_decays, strict=True)])
-        torch._foreach_mul_(news, etas)
+        torch._foreach_mul_(ps, factors)
+        torch._foreach_mul_(news, kept(etas))
         torch._foreach_sub_(ps, news)
 
 
@@ -320,7 +319,7 @@ class Tiger(RowOptimizer):
                 sums[torch.searchsorted(cycle, rows)] = g
                 rows, g = cycle, sums
                 taken.zero_()
-            keep = torch.where(before[rows], 1.0, group["beta"]).to(p.dtype)
+            keep = p.new_full((len(rows),), group["beta"]).masked_fill(before[rows], 1.0)
             hyper = {**hyper, "keep": keep.view(-1, *[1] * (p.dim() - 1))}
         super()._update_rows(p, g, buffers, rows, hyper, group)
 
