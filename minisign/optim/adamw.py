@@ -124,7 +124,7 @@ class AdamW(RowOptimizer):
 
     def _check(self, group: Group) -> None:
         check_betas(group["betas"])
-        check_number("epsilon", group["eps"], 0.0)
+        check_number("epsilon value", group["eps"], 0.0)
 
     def _init_state(self, p: Tensor, group: Group) -> Group:
         state = super()._init_state(p, group)

@@ -240,7 +240,7 @@ class RowOptimizer(ExactOptimizer):
 
     def _check_group(self, group: Group) -> None:
         check_lr(group["lr"])
-        check_number("weight_decay", group["weight_decay"], 0.0)
+        check_number("weight_decay value", group["weight_decay"], 0.0)
         self._check(group)
         check_choice("lazy", group["lazy"], LAZY)
         check_choice("lazy_momentum", group["lazy_momentum"], LAZY_MOMENTUM)

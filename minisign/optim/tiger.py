@@ -62,6 +62,8 @@ KINDS: dict[str, Group] = {
 
 def rms(p: Tensor, by_row: bool = False) -> Tensor:
     """√mean(θ²): a 0-dim tensor, or [V, 1, …] by row; 1 where that is 0. At least float32."""
+    if torch.is_grad_enabled():
+        p = p.clone()  # differentiable steps: θ is about to change, autograd must keep what it was
     dims = tuple(range(1, p.dim())) if by_row else tuple(range(p.dim()))
     dtype = torch.promote_types(p.dtype, torch.float32)
     norm = torch.linalg.vector_norm(p, dim=dims, keepdim=by_row, dtype=dtype)
@@ -148,6 +150,7 @@ def tiger_update_foreach(
 
 def all_finite(x: Tensor) -> bool:
     """Whether no entry is NaN or ±Inf. A finite sum has only finite parts, and is ten times cheaper."""
+    x = x.detach()
     return math.isfinite(x.sum()) or bool(torch.isfinite(x).all())
 
 
@@ -255,7 +258,7 @@ class Tiger(RowOptimizer):
         move = _is_last(group)
         scale = 0.5 if by_shape else group["scale"]
         if scale == "rms":  # of the whole tensor, also where only some rows move
-            scale = rms(p.detach()) if move else 1.0
+            scale = rms(p) if move else 1.0
         keep = group["beta"]
         if group["accumulate"] > 1 and not self._by_rows(p, group):
             keep = 1.0 if state.get("taken") else keep
@@ -336,4 +339,4 @@ def _is_last(group: Group) -> bool:
 
 
 def _eta(p: Tensor, lr: float | Tensor, scale: float | Tensor | str) -> float | Tensor:
-    return lr * (rms(p.detach(), by_row=True) if isinstance(scale, str) else scale)
+    return lr * (rms(p, by_row=True) if isinstance(scale, str) else scale)
