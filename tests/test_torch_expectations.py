@@ -77,7 +77,9 @@ def _info(cls: Any, own: list[dict[str, Any]], errors: list[tuple[dict[str, Any]
 
 OUR_OPTIM_DB = [
     _info(Signum, [{"beta": 0.0}], [({"beta": 1.0}, "Invalid beta: 1.0")]),
-    _info(Lion, [{"betas": (0.5, 0.5)}], [({"betas": (1.0, 0.0)}, "Invalid beta parameter at index 0: 1.0")]),
+    _info(
+        Lion, [{"betas": (0.5, 0.5)}], [({"betas": (1.0, 0.0)}, "Invalid beta parameter at index 0: 1.0")]
+    ),
     _info(
         Tiger,
         [{"scale": 1.0}, {"scale": "row_rms"}, {"scale": 1.0, "accumulate": 2}],
@@ -218,7 +220,7 @@ def test_same_result_another_way(info: OptimizerInfo, other: dict[str, Any]) -> 
 class _Case(unittest.TestCase):
     """torch's tracker compares through a test case; plain torch.testing says the same."""
 
-    def assertEqual(self, first: Any, second: Any, **tolerance: Any) -> None:  # noqa: N802
+    def assertEqual(self, first: Any, second: Any, **tolerance: Any) -> None:
         torch.testing.assert_close(first, second, **tolerance)
 
 

@@ -310,12 +310,15 @@ def descend(p: Tensor, direction: Tensor, eta: float | Tensor, weight_decay: flo
 
 
 def descend_foreach(
-    ps: list[Tensor], directions: list[Tensor], eta: float | Tensor, weight_decay: float
+    ps: list[Tensor], directions: list[Tensor], eta: float | Tensor | list[Any], weight_decay: float
 ) -> None:
-    """:func:`descend` for lists with one η."""
+    """:func:`descend` for lists, with one η or a list of them."""
     if weight_decay != 0:
-        torch._foreach_mul_(ps, 1 - eta * weight_decay)
-    if isinstance(eta, Tensor):
+        factor: Any = (
+            [1 - e * weight_decay for e in eta] if isinstance(eta, list) else 1 - eta * weight_decay
+        )
+        torch._foreach_mul_(ps, factor)
+    if isinstance(eta, (Tensor, list)):
         torch._foreach_mul_(directions, eta)
         torch._foreach_sub_(ps, directions)
     else:

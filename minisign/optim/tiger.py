@@ -45,6 +45,7 @@ from minisign.optim.base import (
     SharedOptions,
     check_number,
     descend,
+    descend_foreach,
     learning_rate,
     with_shared,
 )
@@ -115,7 +116,7 @@ def tiger_update_foreach(
     etas: list[float] | list[Tensor],  # one kind for all
     keeps: list[float],
     weight: float,
-    weight_decays: list[float],
+    weight_decay: float,
     shrink: float,
     center: float,
     move: bool,
@@ -132,20 +133,17 @@ def tiger_update_foreach(
     for p, ok in zip(ps, finite, strict=True):
         if not ok:
             p.sub_(center).mul_(shrink).add_(center)
+    if not any(finite):
+        return
 
     def kept(column: Any) -> list[Any]:
         return [x for x, ok in zip(column, finite, strict=True) if ok]
 
     ps, ms, news = kept(ps), kept(ms), kept(news)
-    factors = [1 - e * d for e, d in zip(kept(etas), kept(weight_decays), strict=True)]
-    if not ps:
-        return
     torch._foreach_copy_(ms, news)
     if move:
         torch._foreach_sign_(news)
-        torch._foreach_mul_(ps, factors)
-        torch._foreach_mul_(news, kept(etas))
-        torch._foreach_sub_(ps, news)
+        descend_foreach(ps, news, kept(etas), weight_decay)
 
 
 def all_finite(x: Tensor) -> bool:
@@ -287,17 +285,17 @@ class Tiger(RowOptimizer):
     ) -> None:
         etas = [_eta(p, h["lr"], h["scale"]) for p, h in zip(ps, hypers, strict=True)]
         (ms,) = buffers
-        for kind in (float, Tensor):
-            of_kind = [i for i, eta in enumerate(etas) if isinstance(eta, kind)]
-            if of_kind:
-                first = hypers[of_kind[0]]
-                tiger_update_foreach(
-                    *([column[i] for i in of_kind] for column in (ps, gs, ms)),
-                    etas=[etas[i] for i in of_kind],  # type: ignore[arg-type]
-                    keeps=[hypers[i]["keep"] for i in of_kind],
-                    weight_decays=[hypers[i]["weight_decay"] for i in of_kind],
-                    **{name: first[name] for name in ("weight", "shrink", "center", "move")},
-                )
+        kinds: dict[Any, list[int]] = {}
+        for i, (eta, hyper) in enumerate(zip(etas, hypers, strict=True)):
+            kinds.setdefault((isinstance(eta, Tensor), hyper["weight_decay"]), []).append(i)
+        for members in kinds.values():
+            first = hypers[members[0]]
+            tiger_update_foreach(
+                *([column[i] for i in members] for column in (ps, gs, ms)),
+                etas=[etas[i] for i in members],  # type: ignore[arg-type]
+                keeps=[hypers[i]["keep"] for i in members],
+                **{name: first[name] for name in ("weight", "weight_decay", "shrink", "center", "move")},
+            )
 
     def _update_rows(
         self,
