@@ -123,7 +123,7 @@ _TRAIN_OPTIONS: dict[str, tuple[str, Any, str, str]] = {
     "--lazy": ("lazy", None, "HOW", "lazy embeddings: none, grad or ids (default: none)"),
     "--lazy-momentum": ("lazy_momentum", str, "HOW", "of absent rows: freeze or decay (default: freeze)"),
     "--embedding-optimizer": ("embedding_optimizer", None, "NAME", "adamw, or none (default: none)"),
-    "--steps": ("steps", int, "N", "in all, those before --resume too (default: 2000)"),
+    "--steps": ("steps", int, "N", "in all, those before --resume too (default: 1500)"),
     "--batch": ("batch", int, "N", "windows in a batch (default: 16)"),
     "--context": ("context", int, "N", "tokens in a window (default: 32)"),
     "--warmup": ("warmup", int, "N", "steps of rising rate (default: 50)"),
@@ -139,7 +139,7 @@ _TRAIN_OPTIONS: dict[str, tuple[str, Any, str, str]] = {
         "X",
         "of the embedding at the start (default: 0.2; tied: 0.02)",
     ),
-    "--vocab-size": ("vocab_size", int, "N", "byte-pair tokens (default: 2048)"),
+    "--vocab-size": ("vocab_size", int, "N", "byte-pair tokens (default: 4096)"),
     "--seed": ("seed", int, "S", "of weights and batches (default: 0)"),
 }
 
@@ -197,7 +197,6 @@ def run_reproduce(args: argparse.Namespace) -> int:
     variants = [name.strip() for name in args.variants.split(",") if name.strip()]
     base = base_config(args.text or (), args.steps, args.seed)
     finished: list[VariantRun] = []
-    print(f"{len(variants)} variants, {base.steps} steps each, on {device}", file=sys.stderr)
     try:
         reproduce(variants, args.form, base, device, args.out, _progress, finished.append)
     except KeyboardInterrupt:

@@ -36,7 +36,7 @@ FORMAT = "minisign checkpoint 1"
 DEFAULTS: dict[str, dict[str, Any]] = {
     "signum": {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.9,)},
     "lion": {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.99)},
-    "tiger": {"lr": 9e-3, "weight_decay": 0.01, "betas": (0.965,)},
+    "tiger": {"lr": 1.1e-2, "weight_decay": 0.01, "betas": (0.965,)},
     "adamw": {"lr": 3e-3, "weight_decay": 0.01, "betas": (0.9, 0.999)},
 }
 
@@ -67,7 +67,7 @@ class Config:
 
     text: tuple[str, ...] = ()
     corpus: CorpusConfig = DEFAULT_CORPUS
-    vocab_size: int = 2048
+    vocab_size: int = 4096
     context: int = 32
     batch: int = 16
     layers: int = 2
@@ -86,7 +86,7 @@ class Config:
     lazy: bool | str = False
     lazy_momentum: str = "freeze"
     embedding_optimizer: str | None = None
-    steps: int = 2000
+    steps: int = 1500
     warmup: int = 50
     decay: float = 0.0
     seed: int = 0
@@ -113,6 +113,8 @@ class Config:
             raise ValueError(f"{self.optimizer} takes {n} beta(s), got {self.betas}")
         if self.embedding_std is None:
             object.__setattr__(self, "embedding_std", 0.2 if self.tie == "none" else 0.02)
+        if isinstance(self.text, str):
+            raise TypeError(f"text must be a tuple of file names, got {self.text!r}")
         self.gpt(256)  # says what is wrong with the model's shape
 
     def gpt(self, vocab_size: int) -> GPTConfig:

@@ -1,0 +1,291 @@
+"""The command line, as a user meets it: in processes of its own where that matters."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minisign import reproduce as reproduce_module
+from minisign.cli import main
+from minisign.corpus import CorpusConfig, generate
+from minisign.reproduce import VARIANTS, variant_config
+
+MINISIGN = [sys.executable, "-m", "minisign"]
+SMALL = "--batch 4 --context 8 --layers 1 --width 16 --heads 2 --vocab-size 300 --warmup 2".split()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(generate(CorpusConfig(words=6000)))
+    return str(path)
+
+
+def fails(capsys: Any, *argv: str) -> str:
+    """Runs a command that must fail, with exit code 2 and one line on stderr, which is returned."""
+    try:
+        code = main(list(argv))
+    except SystemExit as exit_:
+        code = exit_.code  # type: ignore[assignment]
+    out, err = capsys.readouterr()
+    assert code == 2, err
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert err.startswith("minisign")
+    return err
+
+
+# --- reproduce ------------------------------------------------------------------------------------
+
+
+def test_reproduce_writes_what_it_promises(tmp_path: Path, text: str) -> None:
+    out = tmp_path / "deep" / "folder"
+    command = [*MINISIGN, "reproduce", "--text", text, "--variants", "lazy, hybrid,lazy", "--steps", "12"]
+    done = subprocess.run([*command, "--out", out], capture_output=True, text=True, check=True)
+    results = json.loads((out / "results.json").read_text())
+    assert [r["variant"] for r in results["runs"]] == ["lazy", "hybrid"]
+    assert {
+        "variant",
+        "steps",
+        "train_loss",
+        "val_loss",
+        "bound",
+        "embedding_max",
+        "embedding_min",
+        "rare_saturated",
+        "frequent_saturated",
+        "seconds",
+    } <= set(results["runs"][0])
+    assert results["runs"][0]["steps"] == 12
+    assert results["runs"][0]["bound"] == 100.0
+    assert results["config"]["text"] == [text]
+    assert results["config"]["form"] == "rms"
+    assert results["config"]["variants"]["lazy"]["lazy"] == "ids"
+    for name in ("growth.png", "distribution.png", "rows.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in out.iterdir()) == [
+        "distribution.png",
+        "growth.png",
+        "results.json",
+        "rows.png",
+    ]
+    assert "lazy" in done.stdout
+    assert "largest" in done.stdout
+    assert "largest=" in done.stderr  # the progress bar
+    assert "loss=" in done.stderr
+
+
+def test_reproduce_takes_tiny_packed_and_several_texts(tmp_path: Path, text: str) -> None:
+    import gzip
+
+    packed = tmp_path / "more.txt.gz"
+    packed.write_bytes(gzip.compress(b"a few words more than there were before " * 200))
+    argv = ["reproduce", "--text", text, str(packed), "--variants", "adamw", "--steps", "2"]
+    assert main([*argv, "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())  # strict JSON, whatever the counts
+    assert results["config"]["text"] == [text, str(packed)]
+    assert results["runs"][0]["frequent_saturated"] in (None, 0.0)
+
+
+def test_interrupted_reproduce_keeps_what_is_finished(
+    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    real = reproduce_module.run_variant
+
+    def interrupted(variant: str, *args: Any, **kwargs: Any) -> Any:
+        if variant == "lion":
+            raise KeyboardInterrupt
+        return real(variant, *args, **kwargs)
+
+    monkeypatch.setattr(reproduce_module, "run_variant", interrupted)
+    argv = ["reproduce", "--text", text, "--variants", "tiger,lion,adamw", "--steps", "3"]
+    assert main([*argv, "--out", str(tmp_path)]) == 130
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [r["variant"] for r in results["runs"]] == ["tiger"]
+    assert (tmp_path / "growth.png").exists()
+    assert "interrupted: 1 of 3 variants are in" in capsys.readouterr().err
+
+
+def test_ctrl_c_for_real(tmp_path: Path, text: str) -> None:
+    command = [*MINISIGN, "reproduce", "--text", text, "--variants", "adamw", "--steps", "100000"]
+    process = subprocess.Popen([*command, "--out", tmp_path], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    process.stderr.read(5)  # the progress bar: from here on it trains
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert "interrupted" in err
+
+
+@pytest.mark.parametrize("form", ["rms", "base"])
+def test_variants_differ_from_tiger_in_what_they_name(form: str) -> None:
+    base = reproduce_module.base_config()
+    configs = {v: variant_config(base, v, form) for v in VARIANTS}
+    tiger = configs["tiger"].to_json()
+    changed = {v: {k for k, x in c.to_json().items() if x != tiger[k]} for v, c in configs.items()}
+    assert changed["lazy"] == {"lazy"}
+    assert changed["tied"] <= {"tie", "embedding_std"}
+    assert changed["half_swap"] <= {"tie", "embedding_std"}
+    assert changed["hybrid"] == {"embedding_optimizer"}
+    assert {c.seed for c in configs.values()} == {0}
+    assert configs["tiger"].scale == ("rms" if form == "rms" else 1.0)
+
+
+# --- train ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--optimizer", "tiger", "--lazy", "ids"],
+        ["--optimizer", "lion", "--lr", "0.01", "--betas", "0.8", "0.9", "--weight-decay", "1"],
+        ["--optimizer", "tiger", "--scale", "1.0", "--lr", "0.001", "--embedding-optimizer", "adamw"],
+    ],
+    ids=["lazy tiger", "lion", "hybrid"],
+)
+def test_resume_is_an_unbroken_run(tmp_path: Path, text: str, options: list[str]) -> None:
+    shared = ["train", "--text", text, *SMALL, *options, "--seed", "3"]
+    whole, part, rest = (str(tmp_path / name) for name in ("whole", "part", "rest"))
+    assert main([*shared, "--steps", "15", "--out", whole]) == 0
+    assert main([*shared, "--steps", "6", "--out", part]) == 0
+    assert main(["train", "--resume", part, "--steps", "15", "--out", rest]) == 0
+    assert main([*shared, "--resume", part, "--steps", "15"]) == 0  # in place, with the options repeated
+    expected = load_file(f"{whole}/model.safetensors")
+    for folder in (rest, part):
+        found = load_file(f"{folder}/model.safetensors")
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_ctrl_c_saves_a_run_that_goes_on_to_the_same_weights(tmp_path: Path, text: str) -> None:
+    shared = ["train", "--text", text, *SMALL, "--steps", "2000", "--decay", "0.5"]
+    broken, whole = str(tmp_path / "broken"), str(tmp_path / "whole")
+    process = subprocess.Popen([*MINISIGN, *shared, "--out", broken], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    process.stderr.read(5)  # the progress bar: from here on it trains
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "go on with minisign train --resume" in err
+    assert main(["train", "--resume", broken]) == 0
+    assert main([*shared, "--out", whole]) == 0
+    a, b = (load_file(f"{d}/model.safetensors") for d in (broken, whole))
+    assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+def test_save_every(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from minisign.train import Run
+
+    saved: list[int] = []
+    real = Run.save
+    monkeypatch.setattr(Run, "save", lambda run, out: (saved.append(run.step), real(run, out)))
+    argv = ["train", "--text", text, *SMALL, "--steps", "10", "--save-every", "4"]
+    assert main([*argv, "--out", str(tmp_path)]) == 0
+    assert saved == [4, 8, 10]
+
+
+# --- corpus ---------------------------------------------------------------------------------------
+
+
+def test_corpus(tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "text.txt"
+    assert main(["corpus", "--words", "500", "--seed", "5", "--out", str(out)]) == 0
+    assert out.read_bytes().decode() == generate(CorpusConfig(words=500, seed=5))
+    import hashlib
+
+    assert capsys.readouterr().out == f"{hashlib.sha256(out.read_bytes()).hexdigest()}  {out}\n"
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+def test_bad_reproduce(tmp_path: Path, text: str, capsys: Any) -> None:
+    new = tmp_path / "new"
+    to_new = ("--out", str(new), "--steps", "2")
+    empty, binary, short = (tmp_path / n for n in ("empty.txt", "binary.txt", "short.txt"))
+    empty.write_bytes(b"")
+    binary.write_bytes(bytes(range(256)) * 20)
+    short.write_text("Too short by far.")
+    cases = [
+        (["--variants", "tiger,foo"], "unknown variant 'foo': choose from tiger, lion, lazy, tied"),
+        (["--variants", ","], "no variants: choose from tiger"),
+        (["--form", "fast"], "unknown form 'fast'"),
+        (["--steps", "0"], "steps must be 1 or more, got 0"),
+        (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+        (["--seed", "-1"], "seed must be 0 or more, got -1"),
+        (["--device", "tpu"], "unknown device 'tpu'"),
+        (["--text", str(tmp_path / "missing.txt")], "missing.txt: No such file"),
+        (["--text", str(empty)], "empty.txt is empty"),
+        (["--text", str(binary)], "binary.txt is not UTF-8 text"),
+        (["--text", str(short)], "the text is too short"),
+        (["--text", str(tmp_path)], "Is a directory"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+    ]
+    if not torch.cuda.is_available():
+        cases.append((["--device", "cuda"], "'cuda' was asked for, but torch finds no CUDA GPU"))
+    for argv, message in cases:
+        assert message in fails(capsys, "reproduce", *to_new, *argv)
+        assert not new.exists()
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    for out in (blocked, blocked / "below"):
+        message = fails(capsys, "reproduce", "--text", text, "--steps", "2", "--out", str(out))
+        assert f"cannot write to {out}" in message
+    assert blocked.read_text() == "not a folder"
+
+
+def test_bad_train(tmp_path: Path, text: str, capsys: Any) -> None:
+    new, run = str(tmp_path / "new"), str(tmp_path / "run")
+    shared = ["train", "--text", text, *SMALL, "--steps", "4"]
+    cases = [
+        (["--optimizer", "sgd"], "unknown optimizer 'sgd': choose from signum, lion, tiger, adamw"),
+        (["--lr", "-1"], "Invalid learning rate: -1.0"),
+        (["--lr", "nan"], "Invalid learning rate: nan"),
+        (["--weight-decay", "-1"], "Invalid weight_decay value: -1.0"),
+        (["--betas", "1.5"], "Invalid beta: 1.5"),
+        (["--betas", "0.9", "0.9"], "tiger takes 1 beta(s)"),
+        (["--scale", "big"], "--scale must be rms, row_rms or a number, got big"),
+        (["--lazy", "rows"], "unknown lazy 'rows'"),
+        (["--accumulate", "0"], "Invalid accumulate: 0"),
+        (["--tie", "knot"], "unknown tie 'knot'"),
+        (["--save-every", "0"], "--save-every must be 1 or more, got 0"),
+        (["--vocab-size", "10"], "vocab_size must be at least 256, got 10"),
+        (["--heads", "3"], "width 16 is not divisible by heads 3"),
+    ]
+    for argv, message in cases:
+        assert message in fails(capsys, *shared, "--out", new, *argv)
+        assert not Path(new).exists()
+    assert "train needs --out DIR" in fails(capsys, *shared)
+    assert "there is no checkpoint.pt in" in fails(capsys, "train", "--resume", new)
+    assert main([*shared, "--out", run]) == 0
+    capsys.readouterr()
+    assert "at step 4, its last: give more --steps" in fails(capsys, "train", "--resume", run)
+    assert "at step 4 already, past 2" in fails(capsys, "train", "--resume", run, "--steps", "2")
+    message = fails(capsys, "train", "--resume", run, "--steps", "9", "--lr", "0.5")
+    assert "--lr 0.5 is not what the run to resume has" in message
+    checkpoint = Path(run) / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    assert "damaged or not a checkpoint" in fails(capsys, "train", "--resume", run, "--steps", "9")
+
+
+def test_help_reads_well(capsys: Any) -> None:
+    for argv in (["--help"], ["reproduce", "--help"], ["train", "--help"], ["corpus", "--help"]):
+        with pytest.raises(SystemExit) as exit_:
+            main(argv)
+        assert exit_.value.code == 0
+        text = capsys.readouterr().out
+        assert "None" not in text
+        assert "default" in text or argv == ["--help"]
+    assert "unrecognized arguments" in fails(capsys, "corpus", "--out", "x", "--foo")
+    assert "COMMAND" in fails(capsys)

@@ -1,0 +1,273 @@
+"""Runs: the same for the same configuration, resumed to the same bits, checkpoints that fail clearly."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, load_model
+
+from minisign import Hybrid
+from minisign.corpus import CorpusConfig, generate
+from minisign.gpt import GPT
+from minisign.train import (
+    CHECKPOINT,
+    Config,
+    Run,
+    build_model,
+    build_optimizer,
+    load_tokens,
+    pick_device,
+    train,
+    validation_loss,
+    write_whole,
+)
+
+SMALL: dict[str, Any] = dict(
+    corpus=CorpusConfig(words=4000, rare_share=0.1),
+    vocab_size=300,
+    context=8,
+    batch=4,
+    layers=1,
+    heads=2,
+    width=16,
+    warmup=3,
+)
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "signum": {"optimizer": "signum"},
+    "lion": {"optimizer": "lion"},
+    "tiger": {},
+    "base": {"scale": 1.0, "lr": 1e-3},
+    "accumulating": {"accumulate": 3, "lazy": "grad"},
+    "lazy": {"lazy": "ids", "lazy_momentum": "decay"},
+    "hybrid": {"embedding_optimizer": "adamw"},
+    "adamw": {"optimizer": "adamw", "tie": "half_swap"},
+}
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(generate(SMALL["corpus"]))
+    return path
+
+
+def small(**options: Any) -> Config:
+    return Config(**{**SMALL, "steps": 12, **options})
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in run.model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_resumed_run_ends_at_the_same_weights(name: str, tmp_path: Path) -> None:
+    config = small(**OPTIMIZERS[name])
+    whole = train(Run(config, load_tokens(config)))
+    part = Run(dataclasses.replace(config, steps=5), load_tokens(config))
+    train(part).save(tmp_path)
+    resumed = train(Run.resume(tmp_path, steps=12))
+    assert same(weights(whole), weights(resumed))
+    assert whole.losses == resumed.losses
+    assert same(weights(whole), weights(train(Run(config, load_tokens(config)))))
+
+
+def test_stopped_run_resumes_with_its_decay(tmp_path: Path) -> None:
+    config = small(decay=0.5)
+    whole = train(Run(config, load_tokens(config)))
+    broken = Run(config, load_tokens(config))
+    train(broken, stop=lambda: broken.step == 7)
+    assert broken.step == 7
+    broken.save(tmp_path)
+    assert same(weights(whole), weights(train(Run.resume(tmp_path))))
+    with pytest.raises(ValueError, match="steps 20 would change the decay of a run begun with 12 steps"):
+        Run.resume(tmp_path, steps=20)
+    constant = dataclasses.replace(config, decay=0.0)
+    run = Run(constant, load_tokens(config))
+    train(run, stop=lambda: run.step == 7).save(tmp_path)
+    with pytest.raises(ValueError, match="at step 7 already, past 6"):
+        Run.resume(tmp_path, steps=6)
+
+
+def test_seed_and_config_decide(tmp_path: Path) -> None:
+    tokens = load_tokens(small())
+    a, b, c = (train(Run(small(seed=s), tokens)) for s in (0, 0, 1))
+    assert same(weights(a), weights(b))
+    assert not same(weights(a), weights(c))
+    state = torch.get_rng_state()
+    build_model(small(), 300)
+    assert torch.equal(torch.get_rng_state(), state)  # nobody else's randomness is touched
+
+
+def test_what_is_saved(tmp_path: Path) -> None:
+    for tie in ("none", "tied"):
+        config = small(tie=tie, lr=0.02, betas=(0.9,))
+        run = train(Run(config, load_tokens(config)))
+        run.save(tmp_path)
+        again = GPT(config.gpt(run.tokens.vocab_size))
+        load_model(again, tmp_path / "model.safetensors")
+        assert same(weights(run), again.state_dict())
+        assert Config.from_json(json.loads((tmp_path / "config.json").read_text())) == config
+        assert sorted(p.name for p in tmp_path.iterdir()) == [
+            "checkpoint.pt",
+            "config.json",
+            "model.safetensors",
+        ]
+    assert "head.weight" not in load_file(tmp_path / "model.safetensors") or tie == "none"
+
+
+def test_training_learns_and_measures() -> None:
+    config = small(steps=320, decay=0.5)
+    run = Run(config, load_tokens(config))
+    before = validation_loss(run)
+    assert before == pytest.approx(math.log(run.tokens.vocab_size), abs=0.1)
+    seen: list[int] = []
+    train(run, lambda r: seen.append(r.step), every=50)
+    assert seen == list(range(50, 301, 50)) + [320]
+    assert len(run.losses) == 320
+    assert validation_loss(run) < before - 1
+    assert run.train_loss == pytest.approx(np.mean(run.losses[-100:]))
+    windows = run.tokens.windows(config.context, 10**6)
+    parts = [validation_loss(run, w[None]) for w in windows[:100]]
+    assert validation_loss(run, windows[:100]) == pytest.approx(np.mean(parts), rel=1e-5)
+
+
+def test_rate() -> None:
+    config = small(steps=100, warmup=10, decay=0.5)
+    assert [config.rate(t) for t in (0, 4, 9, 10, 49, 50, 75, 99)] == pytest.approx(
+        [0.1, 0.5, 1, 1, 1, 1, 0.5, 0.02]
+    )
+    constant = small(steps=100, warmup=0)
+    assert {constant.rate(t) for t in range(200)} == {1.0}
+
+
+def test_the_rate_reaches_every_group() -> None:
+    config = small(embedding_optimizer="adamw", steps=2, warmup=4, lr=0.5)
+    run = train(Run(config, load_tokens(config)))
+    assert {round(g["lr"], 9) for g in run.optimizer.param_groups} == {3e-3 * 0.5, 0.5 * 0.5}
+
+
+def test_build_optimizer() -> None:
+    config = small(embedding_optimizer="adamw", lr=0.5, betas=(0.7,))
+    optimizer = build_optimizer(config, build_model(config, 300))
+    assert isinstance(optimizer, Hybrid)
+    names = [type(o).__name__ for o in optimizer.optimizers]
+    assert names == ["AdamW", "Tiger"]
+    embedding = optimizer.optimizers[0].param_groups[0]
+    assert embedding["kind"] == "embedding"
+    assert embedding["betas"] == (0.9, 0.999)
+    assert config.embedding_decay == 0.01
+    lion = small(optimizer="lion", lazy="grad")
+    groups = build_optimizer(lion, build_model(lion, 300)).param_groups
+    assert [g["lazy"] for g in groups if g["kind"] == "embedding"] == ["grad"]
+    assert {g["lazy"] for g in groups if g["kind"] != "embedding"} == {False}
+
+
+def test_a_loss_that_is_not_finite_is_an_error() -> None:
+    run = Run(small(), load_tokens(small()))
+    run.model.head.weight.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 10"):
+        train(run)
+
+
+# --- what must fail clearly -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"optimizer": "sgd"}, ValueError, "unknown optimizer 'sgd'"),
+        ({"steps": 0}, ValueError, "steps must be 1 or more, got 0"),
+        ({"steps": 1.5}, TypeError, r"steps must be a whole number, got 1\.5"),
+        ({"batch": 0}, ValueError, "batch must be 1 or more, got 0"),
+        ({"seed": -1}, ValueError, "seed must be 0 or more, got -1"),
+        ({"decay": 1.5}, ValueError, r"decay must be in \[0, 1\], got 1\.5"),
+        ({"betas": (0.9, 0.9)}, ValueError, r"tiger takes 1 beta\(s\), got \(0\.9, 0\.9\)"),
+        ({"embedding_optimizer": "lion"}, ValueError, "unknown embedding_optimizer 'lion'"),
+        ({"width": 15}, ValueError, "width 15 is not divisible"),
+        ({"text": "book.txt"}, TypeError, r"tuple of file names, got 'book\.txt'"),
+    ],
+)
+def test_bad_config(options: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        small(**options)
+
+
+def test_bad_checkpoints(tmp_path: Path, text_file: Path) -> None:
+    with pytest.raises(ValueError, match=r"there is no checkpoint\.pt in"):
+        Run.resume(tmp_path)
+    config = small(text=(str(text_file),))
+    train(Run(config, load_tokens(config))).save(tmp_path)
+    path = tmp_path / CHECKPOINT
+    good = path.read_bytes()
+    for bad in (b"", b"hello", good[: len(good) // 2], good[:100] + b"x" * 100 + good[200:]):
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match=r"checkpoint\.pt (is damaged|is not|does not fit)"):
+            Run.resume(tmp_path)
+    torch.save({"model": {}}, path)
+    with pytest.raises(ValueError, match="not a checkpoint of minisign"):
+        Run.resume(tmp_path)
+    path.write_bytes(good)
+    saved = torch.load(path, weights_only=True)
+    torch.save({k: v for k, v in saved.items() if k != "optimizer"}, path)
+    with pytest.raises(ValueError, match="does not fit its own configuration"):
+        Run.resume(tmp_path)
+    saved["model"] = {**saved["model"], "head.weight": torch.zeros(2, 2)}
+    torch.save(saved, path)
+    with pytest.raises(ValueError, match="does not fit its own configuration"):
+        Run.resume(tmp_path)
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (print, ("executed",))
+
+    torch.save({"format": "minisign checkpoint 1", "config": Evil()}, tmp_path / CHECKPOINT)
+    with pytest.raises(ValueError, match="damaged or not a checkpoint"):
+        Run.resume(tmp_path)
+
+
+def test_a_changed_text_is_noticed(tmp_path: Path, text_file: Path) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text(text_file.read_text())
+    config = small(text=(str(mine),))
+    train(Run(config, load_tokens(config))).save(tmp_path)
+    mine.write_text(text_file.read_text() + "!")
+    with pytest.raises(ValueError, match=r"the text is not the one .* was trained on"):
+        Run.resume(tmp_path, steps=20)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def write(target: Path) -> None:
+        target.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_whole(path, write)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match="device 'cuda' was asked for"):
+        pick_device("cuda")
+    with pytest.raises(ValueError, match="unknown device 'tpu'"):
+        pick_device("tpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert pick_device("auto") == torch.device("cuda")
