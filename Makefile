@@ -28,7 +28,7 @@ reproduce: $(READY) ## train all variants, print the table, leave pictures in ru
 
 test: $(READY) ## all tests, then every notebook
 	$(BIN)/python -m pytest tests
-	$(BIN)/python -m pytest --nbval --nbval-sanitize-with notebooks/sanitize.cfg --nbval-current-env --nbval-cell-timeout 300 notebooks
+	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout 300 notebooks
 
 check: $(READY) ## format, lint, types
 	$(BIN)/ruff format --check .

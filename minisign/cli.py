@@ -306,7 +306,8 @@ def _stop_on_interrupt() -> list[int]:
             raise KeyboardInterrupt
         seen.append(number)
 
-    signal.signal(signal.SIGINT, on_interrupt)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as under nohup
+        signal.signal(signal.SIGINT, on_interrupt)
     return seen
 
 
@@ -349,7 +350,12 @@ def _print_table(runs: Sequence[Any]) -> None:
 
     if not runs:
         return
-    table = Table(box=box.SIMPLE_HEAD, title="The embedding against its bound ±1/λ", title_justify="left")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        title="The embedding against its bound ±1/λ",
+        title_justify="left",
+    )
     table.add_column("variant", no_wrap=True)
     for name in ("train", "val", "1/λ", "largest", "smallest", "rare", "frequent", "s"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+# Tiny tensors: a second thread only waits. Set before torch is loaded, and for child processes.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
-
-os.environ["MPLBACKEND"] = "Agg"
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
-    """Each test starts from the same random state and leaves the threads as they were."""
+    """Each test starts from the same random state."""
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
     yield
-    torch.set_num_threads(threads)

@@ -44,6 +44,33 @@ def fails(capsys: Any, *argv: str) -> str:
     return err
 
 
+def start(command: list[Any]) -> subprocess.Popen[str]:
+    """Starts a command and waits for its progress bar: from then on it trains."""
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where the tests run in the background of a shell, children would ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stderr is not None
+    process.stderr.read(5)
+    time.sleep(0.3)
+    return process
+
+
+def interrupt(process: subprocess.Popen[str]) -> str:
+    """Ctrl-C; what the process then says on stderr. It must end by itself, with exit code 130."""
+    process.send_signal(signal.SIGINT)
+    try:
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    return err
+
+
 # --- reproduce ------------------------------------------------------------------------------------
 
 
@@ -117,15 +144,7 @@ def test_interrupted_reproduce_keeps_what_is_finished(
 
 def test_ctrl_c_for_real(tmp_path: Path, text: str) -> None:
     command = [*MINISIGN, "reproduce", "--text", text, "--variants", "adamw", "--steps", "100000"]
-    process = subprocess.Popen([*command, "--out", tmp_path], stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    process.stderr.read(5)  # the progress bar: from here on it trains
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in err
-    assert "interrupted" in err
+    assert "interrupted" in interrupt(start([*command, "--out", tmp_path]))
 
 
 @pytest.mark.parametrize("form", ["rms", "base"])
@@ -170,13 +189,7 @@ def test_resume_is_an_unbroken_run(tmp_path: Path, text: str, options: list[str]
 def test_ctrl_c_saves_a_run_that_goes_on_to_the_same_weights(tmp_path: Path, text: str) -> None:
     shared = ["train", "--text", text, *SMALL, "--steps", "2000", "--decay", "0.5"]
     broken, whole = str(tmp_path / "broken"), str(tmp_path / "whole")
-    process = subprocess.Popen([*MINISIGN, *shared, "--out", broken], stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    process.stderr.read(5)  # the progress bar: from here on it trains
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    err = interrupt(start([*MINISIGN, *shared, "--out", broken]))
     assert "go on with minisign train --resume" in err
     assert main(["train", "--resume", broken]) == 0
     assert main([*shared, "--out", whole]) == 0
