@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 # Tiny tensors: a second thread only waits. Set before torch is loaded, and for child processes.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -13,7 +12,6 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> Iterator[None]:
+def _seeded() -> None:
     """Each test starts from the same random state."""
     torch.manual_seed(0)
-    yield
