@@ -108,6 +108,7 @@ class AdamW(RowOptimizer):
     """
 
     buffers = ("exp_avg", "exp_avg_sq")
+    update = staticmethod(adamw_update)
 
     def __init__(
         self,
@@ -134,11 +135,9 @@ class AdamW(RowOptimizer):
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
         return state
 
-    def _hyper(self, p: Tensor, state: Group, group: Group) -> Group:
+    def _hyper(self, group: Group) -> Group:
         beta1, beta2 = group["betas"]
-        state["step"] += 1
         return dict(
-            step=state["step"] if group["capturable"] else state["step"].item(),
             lr=learning_rate(group),
             beta1=beta1,
             beta2=beta2,
@@ -146,11 +145,12 @@ class AdamW(RowOptimizer):
             weight_decay=group["weight_decay"],
         )
 
+    def _own_hyper(self, p: Tensor, state: Group, group: Group, hyper: Group) -> Group:
+        state["step"] += 1
+        return {**hyper, "step": state["step"] if group["capturable"] else state["step"].item()}
+
     def _decay_rates(self, group: Group) -> tuple[float, ...]:
         return tuple(group["betas"])
-
-    def _update(self, p: Tensor, g: Tensor, buffers: list[Tensor], hyper: Group) -> None:
-        adamw_update(p, g, *buffers, **hyper)
 
     def _update_foreach(
         self, ps: list[Tensor], gs: list[Tensor], buffers: list[list[Tensor]], hypers: list[Group]

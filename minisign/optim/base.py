@@ -83,10 +83,13 @@ class RowOptimizer(ExactOptimizer):
     - ``maximize``, ``foreach``, ``capturable``, ``differentiable``: as in ``torch.optim``. ``foreach``
       defaults to on where all parameters of a group are on a GPU; the result is the same.
 
-    A subclass sets ``buffers`` and implements ``_hyper``, ``_update`` and ``_update_foreach``.
+    A subclass sets ``buffers`` and ``update``, its pure function, and implements ``_hyper``,
+    ``_decay_rates`` and ``_update_foreach``.
     """
 
     buffers: ClassVar[tuple[str, ...]] = ("momentum",)
+    # One step in place: update(p, g, *buffers, **hyper), on a tensor or on gathered rows of it.
+    update: ClassVar[Callable[..., None]]
 
     def __init__(self, params: Params, defaults: Group) -> None:
         super().__init__(params, defaults)
@@ -96,22 +99,22 @@ class RowOptimizer(ExactOptimizer):
     def _check(self, group: Group) -> None:
         """Raises on a bad value among the subclass's own options of a group."""
 
-    def _hyper(self, p: Tensor, state: Group, group: Group) -> Group:
-        """The keyword arguments of the update function, from the whole parameter."""
+    def _hyper(self, group: Group) -> Group:
+        """The keyword arguments of the update function that all parameters of a group share."""
         raise NotImplementedError
+
+    def _own_hyper(self, p: Tensor, state: Group, group: Group, hyper: Group) -> Group:
+        """The same with what is one (whole) parameter's own."""
+        return hyper
 
     def _decay_rates(self, group: Group) -> tuple[float, ...]:
         """How much of each buffer is left after a step without a gradient."""
         raise NotImplementedError
 
-    def _update(self, p: Tensor, g: Tensor, buffers: list[Tensor], hyper: Group) -> None:
-        """One step on one tensor (or on gathered rows of it), in place."""
-        raise NotImplementedError
-
     def _update_foreach(
         self, ps: list[Tensor], gs: list[Tensor], buffers: list[list[Tensor]], hypers: list[Group]
     ) -> None:
-        """One step on a list of tensors, in place; the same result as ``_update`` on each."""
+        """One step on a list of tensors, in place; the same result as ``update`` on each."""
         raise NotImplementedError
 
     # --- torch.optim's contract -----------------------------------------------------------------
@@ -145,32 +148,32 @@ class RowOptimizer(ExactOptimizer):
     # --- the three roads ------------------------------------------------------------------------
 
     def _step_group(self, group: Group) -> None:
-        dense: list[tuple[Tensor, Tensor, list[Tensor], Group]] = []
+        shared = self._hyper(group)
+        foreach = self._use_foreach(group)
+        together: list[tuple[Tensor, Tensor, list[Tensor], Group]] = []
         for p in group["params"]:
             g = self._gradient(p, group)
             if g is None:
                 continue
             state = self._init_state(p, group)
-            hyper = self._hyper(p, state, group)
+            hyper = self._own_hyper(p, state, group, shared)
             buffers = [state[name] for name in self.buffers]
             if group["lazy"] or g.layout != torch.strided:
                 rows, g = self._touched_rows(p, g, group)
                 self._update_rows(p, g, buffers, rows, hyper, group)
+            elif foreach:
+                together.append((p, g, buffers, hyper))
             else:
-                dense.append((p, g, buffers, hyper))
-        if self._use_foreach(group, [p for p, *_ in dense]):
-            self._update_by_kind(dense)
-        else:
-            for p, g, buffers, hyper in dense:
-                self._update(p, g, buffers, hyper)
+                self.update(p, g, *buffers, **hyper)
+        self._update_together(together)
 
-    def _update_by_kind(self, dense: list[tuple[Tensor, Tensor, list[Tensor], Group]]) -> None:
+    def _update_together(self, items: list[tuple[Tensor, Tensor, list[Tensor], Group]]) -> None:
         """``_update_foreach`` for each device and dtype: torch's multi-tensor kernels want one of each."""
         kinds: dict[Any, list[tuple[Tensor, Tensor, list[Tensor], Group]]] = {}
-        for item in dense:
+        for item in items:
             kinds.setdefault((item[0].device, item[0].dtype), []).append(item)
-        for items in kinds.values():
-            ps, gs, buffers, hypers = (list(column) for column in zip(*items, strict=True))
+        for kind in kinds.values():
+            ps, gs, buffers, hypers = (list(column) for column in zip(*kind, strict=True))
             self._update_foreach(ps, gs, [list(b) for b in zip(*buffers, strict=True)], hypers)
 
     def _update_rows(
@@ -183,7 +186,7 @@ class RowOptimizer(ExactOptimizer):
         group: Group,
     ) -> None:
         p_rows, rows_of_buffers = p[rows], [b[rows] for b in buffers]
-        self._update(p_rows, g, rows_of_buffers, hyper)
+        self.update(p_rows, g, *rows_of_buffers, **hyper)
         if group["lazy_momentum"] == "decay":
             for b, rate in zip(buffers, self._decay_rates(group), strict=True):
                 b.mul_(rate)
@@ -219,14 +222,14 @@ class RowOptimizer(ExactOptimizer):
 
     def _init_state(self, p: Tensor, group: Group) -> Group:
         state = self.state[p]
-        for name in self.buffers:
-            if name not in state:
+        if not state:
+            for name in self.buffers:
                 state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
         return state
 
-    def _use_foreach(self, group: Group, params: list[Tensor]) -> bool:
+    def _use_foreach(self, group: Group) -> bool:
         if group["foreach"] is None:
-            return not group["differentiable"] and bool(params) and all(p.is_cuda for p in params)
+            return not group["differentiable"] and all(p.is_cuda for p in group["params"])
         return bool(group["foreach"])
 
     def _refuse_unsafe_capture(self) -> None:

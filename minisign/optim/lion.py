@@ -42,9 +42,9 @@ def lion_update(
     weight_decay: float,  # λ
 ) -> None:
     """One step of Lion on one tensor, in place."""
-    c = m.lerp(g, 1 - beta1)
+    update = m.lerp(g, 1 - beta1).sign_()
     m.lerp_(g, 1 - beta2)  # before θ moves: m and g are still in the cache
-    descend(p, c.sign_(), lr, weight_decay)
+    descend(p, update, lr, weight_decay)
 
 
 def lion_update_foreach(
@@ -78,6 +78,8 @@ class Lion(RowOptimizer):
         ValueError, TypeError: a bad value, named in the message.
     """
 
+    update = staticmethod(lion_update)
+
     def __init__(
         self,
         params: Params,
@@ -91,15 +93,12 @@ class Lion(RowOptimizer):
     def _check(self, group: Group) -> None:
         check_betas(group["betas"])
 
-    def _hyper(self, p: Tensor, state: Group, group: Group) -> Group:
+    def _hyper(self, group: Group) -> Group:
         beta1, beta2 = group["betas"]
         return dict(lr=learning_rate(group), beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"])
 
     def _decay_rates(self, group: Group) -> tuple[float, ...]:
         return (group["betas"][1],)
-
-    def _update(self, p: Tensor, g: Tensor, buffers: list[Tensor], hyper: Group) -> None:
-        lion_update(p, g, *buffers, **hyper)
 
     def _update_foreach(
         self, ps: list[Tensor], gs: list[Tensor], buffers: list[list[Tensor]], hypers: list[Group]

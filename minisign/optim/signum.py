@@ -73,6 +73,8 @@ class Signum(RowOptimizer):
         ValueError, TypeError: a bad value, named in the message.
     """
 
+    update = staticmethod(signum_update)
+
     def __init__(
         self,
         params: Params,
@@ -86,14 +88,11 @@ class Signum(RowOptimizer):
     def _check(self, group: Group) -> None:
         check_number("beta", group["beta"], 0.0, 1.0)
 
-    def _hyper(self, p: Tensor, state: Group, group: Group) -> Group:
+    def _hyper(self, group: Group) -> Group:
         return dict(lr=learning_rate(group), beta=group["beta"], weight_decay=group["weight_decay"])
 
     def _decay_rates(self, group: Group) -> tuple[float, ...]:
         return (group["beta"],)
-
-    def _update(self, p: Tensor, g: Tensor, buffers: list[Tensor], hyper: Group) -> None:
-        signum_update(p, g, *buffers, **hyper)
 
     def _update_foreach(
         self, ps: list[Tensor], gs: list[Tensor], buffers: list[list[Tensor]], hypers: list[Group]

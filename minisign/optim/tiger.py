@@ -87,25 +87,30 @@ def tiger_update(
     move: bool,  # False until the last micro-batch
 ) -> None:
     """One micro-step of Tiger on one tensor, in place."""
-    if not isinstance(keep, Tensor) and keep + weight == 1:
-        new = m.lerp(g, weight)
-    else:
-        new = (m * keep).add_(g, alpha=weight)
-    # m is finite, so new is finite exactly if g is. A graph or autograd must not branch on it.
-    if p.device.type == "cpu":
-        if not all_finite(new):
+    if p.is_cpu:
+        if not all_finite(g, m):
             p.sub_(center).mul_(shrink).add_(center)
             return
-        m.copy_(new)
+        take(m, g, keep, weight)
         if move:
-            descend(p, new.sign_(), eta, weight_decay)
-    else:
-        finite = torch.isfinite(new).all()
-        m.copy_(torch.where(finite, new, m))
+            descend(p, m.sign(), eta, weight_decay)
+    else:  # the same without waiting for the device to say whether g is finite
+        finite = torch.isfinite(g).all()
         shrunk = (p - center).mul_(shrink).add_(center)
+        before = m.clone()
+        take(m, g, keep, weight)
         if move:
-            descend(p, new.sign_(), eta, weight_decay)
+            descend(p, m.sign(), eta, weight_decay)
+        m.copy_(torch.where(finite, m, before))
         p.copy_(torch.where(finite, p, shrunk))
+
+
+def take(m: Tensor, g: Tensor, keep: float | Tensor, weight: float) -> None:
+    """m ← keep · m + weight · g, in place."""
+    if not isinstance(keep, Tensor) and keep + weight == 1:
+        m.lerp_(g, weight)
+    else:
+        m.mul_(keep).add_(g, alpha=weight)
 
 
 def tiger_update_foreach(
@@ -122,14 +127,9 @@ def tiger_update_foreach(
     move: bool,
 ) -> None:
     """:func:`tiger_update` for a list of tensors; waits for the device once, to learn what is finite."""
-    if all(keep + weight == 1 for keep in keeps):
-        news = list(torch._foreach_lerp(ms, gs, weight))
-    else:
-        news = list(torch._foreach_mul(ms, keeps))
-        torch._foreach_add_(news, gs, alpha=weight)
     # A norm that is finite has finite parts; one that is not may merely have overflowed.
-    norms = torch.stack([norm.double() for norm in torch._foreach_norm(news)]).tolist()
-    finite = [math.isfinite(x) or all_finite(new) for x, new in zip(norms, news, strict=True)]
+    norms = torch.stack([norm.double() for norm in torch._foreach_norm(gs)]).tolist()
+    finite = [math.isfinite(x) or bool(torch.isfinite(g).all()) for x, g in zip(norms, gs, strict=True)]
     for p, ok in zip(ps, finite, strict=True):
         if not ok:
             p.sub_(center).mul_(shrink).add_(center)
@@ -139,17 +139,24 @@ def tiger_update_foreach(
     def kept(column: Any) -> list[Any]:
         return [x for x, ok in zip(column, finite, strict=True) if ok]
 
-    ps, ms, news = kept(ps), kept(ms), kept(news)
-    torch._foreach_copy_(ms, news)
+    ps, gs, ms, keeps = kept(ps), kept(gs), kept(ms), kept(keeps)
+    if all(keep + weight == 1 for keep in keeps):
+        torch._foreach_lerp_(ms, gs, weight)
+    else:
+        torch._foreach_mul_(ms, keeps)
+        torch._foreach_add_(ms, gs, alpha=weight)
     if move:
-        torch._foreach_sign_(news)
-        descend_foreach(ps, news, kept(etas), weight_decay)
+        descend_foreach(ps, list(torch._foreach_sign(ms)), kept(etas), weight_decay)
 
 
-def all_finite(x: Tensor) -> bool:
-    """Whether no entry is NaN or ±Inf. A finite sum has only finite parts, and is ten times cheaper."""
-    x = x.detach()
-    return math.isfinite(x.sum()) or bool(torch.isfinite(x).all())
+def all_finite(g: Tensor, m: Tensor) -> bool:
+    """Whether no entry of ``g`` is NaN or ±Inf, given that ``m`` is finite.
+
+    Their inner product is finite only if g is. It costs a tenth of ``isfinite(g).all()`` and brings both
+    into the cache for the update.
+    """
+    product = torch.dot(m.flatten(), g.flatten()).item()
+    return math.isfinite(product) or bool(torch.isfinite(g).all())
 
 
 class Tiger(RowOptimizer):
@@ -179,6 +186,8 @@ class Tiger(RowOptimizer):
     Raises:
         ValueError, TypeError: a bad value, named in the message.
     """
+
+    update = staticmethod(tiger_update)
 
     def __init__(
         self,
@@ -251,48 +260,45 @@ class Tiger(RowOptimizer):
                 return torch.sparse_coo_tensor(none, empty, p.shape, check_invariants=False)
         return g
 
-    def _hyper(self, p: Tensor, state: Group, group: Group) -> Group:
-        by_shape = p.dim() < 2 and isinstance(group["scale"], str)
-        move = _is_last(group)
-        scale = 0.5 if by_shape else group["scale"]
-        if scale == "rms":  # of the whole tensor, also where only some rows move
-            scale = rms(p) if move else 1.0
-        keep = group["beta"]
-        if group["accumulate"] > 1 and not self._by_rows(p, group):
-            keep = 1.0 if state.get("taken") else keep
-            state["taken"] = 0 if move else state.get("taken", 0) + 1
+    def _hyper(self, group: Group) -> Group:
+        lr, scale = learning_rate(group), group["scale"]
         return dict(
-            lr=learning_rate(group),
-            scale=scale,
-            keep=keep,
+            eta=lr * (scale if isinstance(scale, (int, float)) else 1),
+            keep=group["beta"],
             weight=(1 - group["beta"]) / group["accumulate"],
-            weight_decay=0.0 if by_shape else group["weight_decay"],
+            weight_decay=group["weight_decay"],
             shrink=group["shrink"],
             center=group["center"],
-            move=move,
+            move=_is_last(group),
         )
+
+    def _own_hyper(self, p: Tensor, state: Group, group: Group, hyper: Group) -> Group:
+        scale = group["scale"]
+        if isinstance(scale, str):
+            if p.dim() < 2:
+                hyper = {**hyper, "eta": hyper["eta"] * 0.5, "weight_decay": 0.0}
+            elif hyper["move"] and (scale == "rms" or not self._by_rows(p, group)):
+                hyper = {**hyper, "eta": hyper["eta"] * rms(p, by_row=scale == "row_rms")}
+        if group["accumulate"] > 1 and not self._by_rows(p, group):
+            hyper = {**hyper, "keep": 1.0 if state.get("taken") else hyper["keep"]}
+            state["taken"] = 0 if hyper["move"] else state.get("taken", 0) + 1
+        return hyper
 
     def _decay_rates(self, group: Group) -> tuple[float, ...]:
         return (group["beta"] if _is_last(group) else 1.0,)
 
-    def _update(self, p: Tensor, g: Tensor, buffers: list[Tensor], hyper: Group) -> None:
-        hyper = dict(hyper)
-        eta = _eta(p, hyper.pop("lr"), hyper.pop("scale"))
-        tiger_update(p, g, *buffers, eta=eta, **hyper)
-
     def _update_foreach(
         self, ps: list[Tensor], gs: list[Tensor], buffers: list[list[Tensor]], hypers: list[Group]
     ) -> None:
-        etas = [_eta(p, h["lr"], h["scale"]) for p, h in zip(ps, hypers, strict=True)]
         (ms,) = buffers
         kinds: dict[Any, list[int]] = {}
-        for i, (eta, hyper) in enumerate(zip(etas, hypers, strict=True)):
-            kinds.setdefault((isinstance(eta, Tensor), hyper["weight_decay"]), []).append(i)
+        for i, hyper in enumerate(hypers):
+            kinds.setdefault((isinstance(hyper["eta"], Tensor), hyper["weight_decay"]), []).append(i)
         for members in kinds.values():
             first = hypers[members[0]]
             tiger_update_foreach(
                 *([column[i] for i in members] for column in (ps, gs, ms)),
-                etas=[etas[i] for i in members],  # type: ignore[arg-type]
+                etas=[hypers[i]["eta"] for i in members],
                 keeps=[hypers[i]["keep"] for i in members],
                 **{name: first[name] for name in ("weight", "weight_decay", "shrink", "center", "move")},
             )
@@ -322,11 +328,13 @@ class Tiger(RowOptimizer):
                 taken.zero_()
             keep = p.new_full((len(rows),), group["beta"]).masked_fill(before[rows], 1.0)
             hyper = {**hyper, "keep": keep.view(-1, *[1] * (p.dim() - 1))}
+        if group["scale"] == "row_rms" and hyper["move"]:
+            hyper = {**hyper, "eta": hyper["eta"] * rms(p[rows], by_row=True)}
         super()._update_rows(p, g, buffers, rows, hyper, group)
 
-    def _use_foreach(self, group: Group, params: list[Tensor]) -> bool:
+    def _use_foreach(self, group: Group) -> bool:
         # The multi-tensor form waits for the device, which a graph cannot.
-        return not group["capturable"] and super()._use_foreach(group, params)
+        return not group["capturable"] and super()._use_foreach(group)
 
     def _by_rows(self, p: Tensor, group: Group) -> bool:
         return bool(group["lazy"]) or (p.grad is not None and p.grad.is_sparse)
@@ -334,7 +342,3 @@ class Tiger(RowOptimizer):
 
 def _is_last(group: Group) -> bool:
     return bool(group["micro_step"] + 1 >= group["accumulate"])
-
-
-def _eta(p: Tensor, lr: float | Tensor, scale: float | Tensor | str) -> float | Tensor:
-    return lr * (rms(p, by_row=True) if isinstance(scale, str) else scale)
