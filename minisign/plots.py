@@ -79,67 +79,66 @@ def growth(
     return figure
 
 
-def distributions(
-    rows: Mapping[str, tuple[ArrayLike, ArrayLike]],
-    title: str,
-) -> Figure:
+def distributions(rows: Mapping[str, tuple[ArrayLike, ArrayLike]], title: str) -> Figure:
     """Histograms of the components of rare and of frequent tokens' embeddings, in units of the bound.
 
     Args:
         rows: by variant, components·λ of rare rows [n] and of frequent rows [m].
         title: what was run.
     """
-    columns = min(4, max(1, len(rows)))
-    lines = -(-len(rows) // columns)
-    figure = Figure(figsize=(2.6 * columns + 0.4, 2.2 * lines + 0.6), layout="constrained")
+    figure, panels = _small_multiples(list(rows), title, "component / bound (1/λ)", "share of components")
     bins = np.linspace(-1.05, 1.05, 43)
-    grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
-    for ax in grid.ravel()[len(rows) :]:
-        ax.set_visible(False)
-    for ax, (name, (rare, frequent)) in zip(grid.ravel(), rows.items(), strict=False):
+    for ax, (rare, frequent) in zip(panels, rows.values(), strict=True):
         for values, color, dash, label in (
             (np.asarray(frequent), BLUE, "--", "seen > 200 times"),
             (np.asarray(rare), RED, "-", "seen 1 to 3 times"),
         ):
             if values.size:
-                share, _ = np.histogram(values, bins)
-                ax.stairs(
-                    share / values.size, bins, color=color, linestyle=dash, linewidth=1.4, label=label
-                )
-        ax.set_title(name, fontsize=9)
-        ax.set_yscale("log")
-        ax.grid(True, alpha=0.25, linewidth=0.6)
-    grid[0, 0].legend(fontsize=7, loc="upper right")
-    figure.supxlabel("component / bound (1/λ)", fontsize=9)
-    figure.supylabel("share of components", fontsize=9)
-    figure.suptitle(title, fontsize=10)
+                share = np.histogram(values, bins)[0] / values.size
+                ax.stairs(share, bins, color=color, linestyle=dash, linewidth=1.4, label=label)
+        ax.set(yscale="log", ylim=(3e-6, 3))
+    if panels[0].get_legend_handles_labels()[1]:
+        figure.legend(
+            *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8
+        )
     return figure
 
 
-def rows_by_frequency(
-    rows: Mapping[str, tuple[ArrayLike, ArrayLike]],
-    title: str,
-) -> Figure:
+def rows_by_frequency(rows: Mapping[str, tuple[ArrayLike, ArrayLike]], title: str) -> Figure:
     """RMS of each token's row against how often the token was seen.
 
     Args:
         rows: by variant, counts [V] and row RMS·λ [V].
         title: what was run.
     """
-    columns = min(4, max(1, len(rows)))
-    lines = -(-len(rows) // columns)
-    figure = Figure(figsize=(2.6 * columns + 0.4, 2.2 * lines + 0.6), layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
-    for ax in grid.ravel()[len(rows) :]:
-        ax.set_visible(False)
-    for ax, (name, (counts, sizes)) in zip(grid.ravel(), rows.items(), strict=False):
+    figure, panels = _small_multiples(
+        list(rows), title, "times seen in training + ½", "row RMS / bound (1/λ)"
+    )
+    for ax, (name, (counts, sizes)) in zip(panels, rows.items(), strict=True):
         color, _ = STYLES.get(name, (GREY, "-"))
         ax.scatter(np.asarray(counts) + 0.5, sizes, s=3, color=color, alpha=0.35, linewidths=0)
         ax.axhline(1.0, color=GREY, linewidth=0.8)
         ax.set(xscale="log", yscale="log")
+    return figure
+
+
+def _small_multiples(
+    names: Sequence[str], title: str, xlabel: str, ylabel: str
+) -> tuple[Figure, list[Axes]]:
+    """A figure with one small panel for each name, four to a line, with common axes."""
+    columns = min(4, max(1, len(names)))
+    lines = -(-len(names) // columns)
+    figure = Figure(
+        figsize=(max(5.0, 2.6 * columns + 0.4), max(3.2, 2.2 * lines + 0.8)), layout="constrained"
+    )
+    grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel()
+    for ax in grid[len(names) :]:
+        ax.set_visible(False)
+    panels = grid[: len(names)].tolist()
+    for ax, name in zip(panels, names, strict=True):
         ax.set_title(name, fontsize=9)
         ax.grid(True, alpha=0.25, linewidth=0.6)
-    figure.supxlabel("times seen in training + ½", fontsize=9)
-    figure.supylabel("row RMS / bound (1/λ)", fontsize=9)
+    figure.supxlabel(xlabel, fontsize=9)
+    figure.supylabel(ylabel, fontsize=9)
     figure.suptitle(title, fontsize=10)
-    return figure
+    return figure, panels
