@@ -135,10 +135,12 @@ def _small_multiples(
     for ax in grid[len(names) :]:
         ax.set_visible(False)
     panels = grid[: len(names)].tolist()
-    for ax, name in zip(panels, names, strict=True):
+    for i, (ax, name) in enumerate(zip(panels, names, strict=True)):
         ax.set_title(name, fontsize=9)
         ax.grid(True, alpha=0.25, linewidth=0.6)
-    figure.supxlabel(xlabel, fontsize=9)
+        if i + columns >= len(names):  # the last of its column
+            ax.set_xlabel(xlabel, fontsize=9)
+            ax.tick_params(labelbottom=True)
     figure.supylabel(ylabel, fontsize=9)
     figure.suptitle(title, fontsize=10)
     return figure, panels
