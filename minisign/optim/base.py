@@ -149,8 +149,7 @@ class RowOptimizer(ExactOptimizer):
 
     def _step_group(self, group: Group) -> None:
         shared = self._hyper(group)
-        foreach = self._use_foreach(group)
-        together: list[tuple[Tensor, Tensor, list[Tensor], Group]] = []
+        dense: list[tuple[Tensor, Tensor, list[Tensor], Group]] = []
         for p in group["params"]:
             g = self._gradient(p, group)
             if g is None:
@@ -161,11 +160,14 @@ class RowOptimizer(ExactOptimizer):
             if group["lazy"] or g.layout != torch.strided:
                 rows, g = self._touched_rows(p, g, group)
                 self._update_rows(p, g, buffers, rows, hyper, group)
-            elif foreach:
-                together.append((p, g, buffers, hyper))
             else:
+                dense.append((p, g, buffers, hyper))
+        # In a loop of its own: tensors push what Python needs out of the cache, so do the rest before.
+        if self._use_foreach(group):
+            self._update_together(dense)
+        else:
+            for p, g, buffers, hyper in dense:
                 self.update(p, g, *buffers, **hyper)
-        self._update_together(together)
 
     def _update_together(self, items: list[tuple[Tensor, Tensor, list[Tensor], Group]]) -> None:
         """``_update_foreach`` for each device and dtype: torch's multi-tensor kernels want one of each."""
