@@ -7,7 +7,6 @@ three pictures and ``results.json``.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import platform
 from collections.abc import Callable, Iterable, Sequence
@@ -273,9 +272,3 @@ def write_pictures(out: Path, runs: Sequence[VariantRun], counts: np.ndarray, fo
     for name, figure in figures.items():
         write_whole(out / name, partial(plots.save, figure))
     return [out / name for name in figures]
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """What :func:`write_results` wrote."""
-    results: dict[str, Any] = json.loads(path.read_text())
-    return results

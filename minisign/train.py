@@ -12,7 +12,7 @@ import math
 import pickle
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -404,7 +404,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return saved
 
 
-def prepare_out(out: Path, expected: Sequence[str] = ()) -> None:
+def prepare_out(out: Path) -> None:
     """Makes the folder, or says why it cannot be written, before anything is computed.
 
     Raises:
