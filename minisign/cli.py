@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import sys
 from collections.abc import Sequence
@@ -161,9 +162,8 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _corpus_arguments(parser: argparse.ArgumentParser) -> None:
-    from minisign.corpus import CorpusConfig
+    from minisign.corpus import DEFAULT as default
 
-    default = CorpusConfig()
     parser.set_defaults(run=run_corpus)
     parser.add_argument(
         "--words", type=int, default=default.words, metavar="N", help="default: %(default)s"
@@ -241,7 +241,7 @@ def run_train(args: argparse.Namespace) -> int:
         if args.save_every and run.step % args.save_every == 0 and run.step < run.config.steps:
             run.save(out)
 
-    train(run, after, every=_gcd(10, args.save_every), stop=lambda: bool(stopping))
+    train(run, after, every=math.gcd(10, args.save_every or 10), stop=lambda: bool(stopping))
     bar.close()
     run.save(out)
     if stopping:
@@ -309,12 +309,6 @@ def _stop_on_interrupt() -> list[int]:
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as under nohup
         signal.signal(signal.SIGINT, on_interrupt)
     return seen
-
-
-def _gcd(every: int, save_every: int | None) -> int:
-    import math
-
-    return math.gcd(every, save_every) if save_every else every
 
 
 def _bar(name: str, total: int, done: int = 0) -> Any:

@@ -91,9 +91,6 @@ class RowOptimizer(ExactOptimizer):
     # One step in place: update(p, g, *buffers, **hyper), on a tensor or on gathered rows of it.
     update: ClassVar[Callable[..., None]]
 
-    def __init__(self, params: Params, defaults: Group) -> None:
-        super().__init__(params, defaults)
-
     # --- what a subclass says -------------------------------------------------------------------
 
     def _check(self, group: Group) -> None:
@@ -235,7 +232,7 @@ class RowOptimizer(ExactOptimizer):
         return bool(group["foreach"])
 
     def _refuse_unsafe_capture(self) -> None:
-        # Renamed in torch 2.12; the old name warns there.
+        # Renamed in later versions of torch, where the old name warns.
         check = getattr(self, "_accelerator_graph_capture_health_check", None)
         (check or self._cuda_graph_capture_health_check)()
 
