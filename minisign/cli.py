@@ -119,6 +119,7 @@ _TRAIN_OPTIONS: dict[str, tuple[str, Any, str, str]] = {
     "--weight-decay": ("weight_decay", float, "λ", "decoupled weight decay; default: likewise"),
     "--betas": ("betas", None, "β", "one for signum and tiger, two for lion and adamw"),
     "--scale": ("scale", None, "S", "Tiger's step: rms, row_rms or a number (default: rms)"),
+    "--embedding-scale": ("embedding_scale", None, "S", "the same on the embeddings (default: row_rms)"),
     "--accumulate": ("accumulate", int, "K", "Tiger: micro-batches to a step (default: 1)"),
     "--shrink": ("shrink", float, "X", "Tiger: factor of the weights at a NaN (default: 0.99)"),
     "--lazy": ("lazy", None, "HOW", "lazy embeddings: none, grad or ids (default: none)"),
@@ -134,6 +135,7 @@ _TRAIN_OPTIONS: dict[str, tuple[str, Any, str, str]] = {
     "--width": ("width", int, "N", "entries of a hidden state (default: 64)"),
     "--norm": ("norm", str, "WHERE", "pre or post (default: pre)"),
     "--tie": ("tie", str, "HOW", "none, tied or half_swap (default: none)"),
+    "--head": ("head", str, "HOW", "output layer: plain, bias or centered (default: plain)"),
     "--embedding-std": (
         "embedding_std",
         float,
@@ -141,6 +143,12 @@ _TRAIN_OPTIONS: dict[str, tuple[str, Any, str, str]] = {
         "of the embedding at the start (default: 0.2; tied: 0.02)",
     ),
     "--vocab-size": ("vocab_size", int, "N", "byte-pair tokens (default: 4096)"),
+    "--vocab-rare-share": (
+        "vocab_rare_share",
+        float,
+        "X",
+        "of the rare language in the text the vocabulary comes from (default: the run's own text)",
+    ),
     "--seed": ("seed", int, "S", "of weights and batches (default: 0)"),
 }
 
@@ -281,11 +289,13 @@ def _given_fields(args: argparse.Namespace) -> dict[str, Any]:
         given["lazy"] = False
     if given.get("embedding_optimizer") == "none":
         given["embedding_optimizer"] = None
-    if "scale" in given and given["scale"] not in ("rms", "row_rms"):
-        try:
-            given["scale"] = float(given["scale"])
-        except ValueError:
-            raise ValueError(f"--scale must be rms, row_rms or a number, got {given['scale']}") from None
+    for field in ("scale", "embedding_scale"):
+        if field in given and given[field] not in ("rms", "row_rms"):
+            option, value = f"--{field.replace('_', '-')}", given[field]
+            try:
+                given[field] = float(value)
+            except ValueError:
+                raise ValueError(f"{option} must be rms, row_rms or a number, got {value}") from None
     return given
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 NORMS = ("pre", "post")
 TIES = ("none", "tied", "half_swap")
+HEADS = ("plain", "bias", "centered")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class GPTConfig:
             ``"half_swap"``, the same after swapping the halves of the hidden state, so that a token
             does not predict itself at the start (kexue.fm/archives/9698).
         embedding_std: standard deviation of the token embedding at the start.
+        head: ``"plain"``, the output layer has no bias, as in GPT-2; ``"bias"``, it has one;
+            ``"centered"``, it has one and sees hidden states less their mean over tokens, hence no
+            direction that they all share.
     """
 
     vocab_size: int
@@ -44,6 +48,7 @@ class GPTConfig:
     norm: str = "pre"
     tie: str = "none"
     embedding_std: float = 0.02
+    head: str = "plain"
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context", "layers", "heads", "width"):
@@ -58,6 +63,8 @@ class GPTConfig:
             raise ValueError(f"unknown norm {self.norm!r}: choose from {', '.join(NORMS)}")
         if self.tie not in TIES:
             raise ValueError(f"unknown tie {self.tie!r}: choose from {', '.join(TIES)}")
+        if self.head not in HEADS:
+            raise ValueError(f"unknown head {self.head!r}: choose from {', '.join(HEADS)}")
         if not self.embedding_std > 0:
             raise ValueError(f"embedding_std must be positive, got {self.embedding_std}")
         if self.tie == "half_swap" and self.width % 2:
@@ -115,6 +122,23 @@ class Block(nn.Module):
         return self.norm2(x + self.mlp(x))
 
 
+class Center(nn.Module):
+    """x minus its mean over the batch's tokens; out of training, minus the running mean of those means."""
+
+    mean: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, T, D] → [B, T, D]
+        if not self.training:
+            return x - self.mean
+        mean = x.flatten(0, -2).mean(0)
+        self.mean.lerp_(mean.detach(), 0.1)
+        return x - mean
+
+
 class GPT(nn.Module):
     """``model(ids)`` gives the logits of the next token.
 
@@ -130,8 +154,11 @@ class GPT(nn.Module):
         self.position = nn.Embedding(config.context, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width) if config.norm == "pre" else nn.Identity()
-        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.center = Center(config.width) if config.head == "centered" else nn.Identity()
+        self.head = nn.Linear(config.width, config.vocab_size, bias=config.head != "plain")
         for name, p in self.named_parameters():
+            if name == "head.bias":
+                nn.init.zeros_(p)
             if p.dim() == 2:
                 residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
                 nn.init.normal_(p, std=0.02 / (2 * config.layers) ** 0.5 if residual else 0.02)
@@ -156,7 +183,7 @@ class GPT(nn.Module):
         x = self.embedding(ids) + self.position(torch.arange(length, device=ids.device))
         for block in self.blocks:
             x = block(x)
-        x = self.norm(x)
+        x = self.center(self.norm(x))
         if self.config.tie == "half_swap":
             x = torch.cat(x.chunk(2, dim=-1)[::-1], dim=-1)
         return x

@@ -5,6 +5,8 @@ Notation: θ parameter, λ weight decay, η effective step, α the user's learni
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -53,3 +55,102 @@ def logistic_growth(alphas: ArrayLike, weight_decay: float, start: float) -> NDA
     limit = bound(weight_decay)
     grown = np.exp(-np.cumsum(np.asarray(alphas, dtype=np.float64)))
     return limit / (1 + (limit / start - 1) * grown)
+
+
+def steps_to_reach(share: float, eta: float, weight_decay: float) -> float:
+    """Steps at a constant η in which an entry whose sign never changes comes from 0 to ``share`` of 1/λ.
+
+    share = 1 − (1 − ηλ)ᵗ, the envelope turned around.
+    """
+    return math.log1p(-share) / math.log1p(-eta * weight_decay)
+
+
+def logistic_steps_to_reach(share: float, alpha: float, weight_decay: float, start: float) -> float:
+    """The same under Tiger's step η = α·RMS(row) for a row that begins at an RMS of ``start`` and saturates
+    as a whole: (ln(share/(1 − share)) + ln(1/(λ start) − 1)) / α."""
+    odds_to_come = bound(weight_decay) / start - 1
+    return (math.log(share / (1 - share)) + math.log(odds_to_come)) / alpha
+
+
+def kappa(eta: float, weight_decay: float, gap: float) -> float:
+    """κ = ηλτ: the mean gap τ between two appearances of a token, in units of the 1/(ηλ) steps that an
+    entry takes to approach its bound. Beyond ½ the entries of :func:`stationary_density` pile up at ±1."""
+    return eta * weight_decay * gap
+
+
+def stationary_density(x: ArrayLike, kappa: float) -> NDArray[np.float64]:
+    """Density of x = λθ on (−1, 1) for an entry whose sign is drawn afresh at each appearance.
+
+    Both signs are equally likely, and the appearances come at random with a mean gap τ. Between two of
+    them dx/dt = ηλ(s − x): a telegraph process that flips at a rate of 1/(2τ). Its stationary density is
+    in proportion to (1 − x²)^(1/(2κ) − 1), κ = ηλτ, a Beta distribution stretched to (−1, 1): flat at
+    κ = ½, a bell below, two peaks at ±1 above.
+
+    Args:
+        x: where, in units of the bound.
+        kappa: κ > 0.
+
+    Returns:
+        The density at each x, which integrates to 1 over (−1, 1).
+    """
+    a = 1 / (2 * kappa)
+    log_norm = 2 * math.lgamma(a) - math.lgamma(2 * a) + (2 * a - 1) * math.log(2)
+    # (1 − x)(1 + x), since 1 − x² cancels near the ends where the mass is.
+    inside = (1 - np.asarray(x, dtype=np.float64)) * (1 + np.asarray(x, dtype=np.float64))
+    return np.asarray(np.exp((a - 1) * np.log(inside) - log_norm))
+
+
+def stationary_rms(kappa: float) -> float:
+    """RMS of x = λθ under :func:`stationary_density`: √(κ/(1 + κ))."""
+    return math.sqrt(kappa / (1 + kappa))
+
+
+def stationary_share(kappa: float, near: float = 0.8) -> float:
+    """Share of the entries with |x| > ``near`` under :func:`stationary_density`.
+
+    With x = tanh u the density becomes sech(u)^(1/κ), smooth on the whole line, where the midpoint rule is
+    all but exact.
+    """
+    width = 0.5 * (40 * kappa + 2)  # sech(u)^(1/κ) < e^-20 beyond
+    step = width / 200_000
+    u = (np.arange(200_000) + 0.5) * step
+    weight = np.exp(-(u + np.log1p(np.exp(-2 * u)) - math.log(2)) / kappa)
+    return float(weight[u > math.atanh(near)].sum() / weight.sum())
+
+
+def isolated_adamw_move(lr: float, beta1: float = 0.9, beta2: float = 0.999) -> float:
+    """How far one gradient, alone among zeros, moves a weight under AdamW in all, whatever its size.
+
+    lr Σ m_t/√v_t = lr (1 − β₁)/√(1 − β₂) / (1 − β₁/√β₂), once the bias corrections have worn off and as
+    long as ε plays no part.
+    """
+    return lr * (1 - beta1) / math.sqrt(1 - beta2) / (1 - beta1 / math.sqrt(beta2))
+
+
+def tied_initial_loss(vocab_size: int, width: int, std: float, position_std: float = 0.0) -> float:
+    """Loss at the start, in nats, of a model whose output matrix is its embedding, without a half-swap.
+
+    The final norm of a pre-norm model turns e + p into h = (e + p)/√(σ² + σ_p²), so a token's own logit is
+    ⟨h, e⟩ ≈ Dσ²/√(σ² + σ_p²) (Dσ without positions) and the others are N(0, Dσ²): the loss of any other
+    token is about log(e^own + (n − 1) e^(Dσ²/2)). After the half-swap, as without tying, no logit stands
+    out and it is log n + Dσ²/2. kexue.fm/archives/9698, with the positions and the others' spread added.
+    """
+    own = width * std**2 / math.hypot(std, position_std)
+    others = math.log(vocab_size - 1) + width * std**2 / 2
+    return float(np.logaddexp(own, others))
+
+
+def expected_seen(probabilities: ArrayLike, draws: int, times: int) -> float:
+    """Expected number of kinds that turn up exactly ``times`` times among ``draws`` independent draws:
+    Σ_k e^{−n p_k} (n p_k)^j / j!, Poisson's approximation.
+
+    Args:
+        probabilities: p_k of each kind [n].
+        draws: n.
+        times: j.
+    """
+    rate = draws * np.asarray(probabilities, dtype=np.float64)
+    log_factorial = math.lgamma(times + 1)
+    with np.errstate(divide="ignore"):
+        logs = times * np.log(rate) if times else np.zeros_like(rate)
+    return float(np.exp(logs - rate - log_factorial).sum())

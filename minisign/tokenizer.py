@@ -110,13 +110,17 @@ class Tokens:
         return windows
 
 
-def tokenize(text: str, vocab_size: int, context: int) -> Tokens:
-    """Learns a vocabulary of ``text`` and splits the text nine to one.
+def tokenize(text: str, vocabulary: int | tiktoken.Encoding, context: int) -> Tokens:
+    """Splits the text nine to one and encodes both parts.
+
+    Args:
+        vocabulary: how many tokens to learn from ``text``, or an encoding to use as it is.
+        context: tokens of the windows to come.
 
     Raises:
         ValueError: a text too short for one window of ``context`` + 1 tokens in each part.
     """
-    encoding = train_encoding(text, vocab_size)
+    encoding = train_encoding(text, vocabulary) if isinstance(vocabulary, int) else vocabulary
     cut = len(text) * 9 // 10
     train, val = (
         np.array(encoding.encode_ordinary(part), dtype=np.int64) for part in (text[:cut], text[cut:])

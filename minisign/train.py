@@ -26,7 +26,8 @@ from torch.nn import functional as F
 from minisign.corpus import DEFAULT as DEFAULT_CORPUS, CorpusConfig, generate
 from minisign.gpt import GPT, GPTConfig
 from minisign.optim import AdamW, Hybrid, Lion, Signum, Tiger, param_groups, track_rows
-from minisign.tokenizer import Tokens, read_text, tokenize
+from minisign.probes import token_losses
+from minisign.tokenizer import Tokens, read_text, tokenize, train_encoding
 
 OPTIMIZERS = ("signum", "lion", "tiger", "adamw")
 CHECKPOINT, MODEL, CONFIG = "checkpoint.pt", "model.safetensors", "config.json"
@@ -49,13 +50,17 @@ class Config:
         text: files to train on; none of them, the generated corpus of ``corpus``.
         corpus: the generated corpus.
         vocab_size: tokens of the byte-pair vocabulary learned from the text.
+        vocab_rare_share: share of the rare language in the generated text that the vocabulary is learned
+            from, as multilingual vocabularies are learned from more of the small languages than models are
+            trained on; ``None``, from the text of the run itself.
         context, batch: tokens in a window, windows in a batch.
-        layers, heads, width, norm, tie, embedding_std: see :class:`minisign.gpt.GPTConfig`;
+        layers, heads, width, norm, tie, head, embedding_std: see :class:`minisign.gpt.GPTConfig`;
             ``None`` for the last is 0.02 with tied embeddings and 0.2 without, where a wide start lets
             rows that are seldom updated stand out from the positions.
         optimizer: ``"signum"``, ``"lion"``, ``"tiger"`` or ``"adamw"``.
         lr, weight_decay, betas: of the optimizer; ``None``, the figure of ``DEFAULTS``.
         scale, accumulate, shrink: of Tiger.
+        embedding_scale: Tiger's ``scale`` on the embeddings; ``None``, by its author's rule.
         lazy, lazy_momentum: of the embeddings' group.
         embedding_optimizer: ``"adamw"`` puts AdamW (with its defaults) on the embeddings and
             ``optimizer`` on the rest.
@@ -68,6 +73,7 @@ class Config:
     text: tuple[str, ...] = ()
     corpus: CorpusConfig = DEFAULT_CORPUS
     vocab_size: int = 4096
+    vocab_rare_share: float | None = None
     context: int = 32
     batch: int = 16
     layers: int = 2
@@ -75,12 +81,14 @@ class Config:
     width: int = 64
     norm: str = "pre"
     tie: str = "none"
+    head: str = "plain"
     embedding_std: float | None = None
     optimizer: str = "tiger"
     lr: float | None = None
     weight_decay: float | None = None
     betas: tuple[float, ...] | None = None
     scale: str | float = "rms"
+    embedding_scale: str | float | None = None
     accumulate: int = 1
     shrink: float = 0.99
     lazy: bool | str = False
@@ -113,8 +121,14 @@ class Config:
             raise ValueError(f"{self.optimizer} takes {n} beta(s), got {self.betas}")
         if self.embedding_std is None:
             object.__setattr__(self, "embedding_std", 0.2 if self.tie == "none" else 0.02)
+        if self.vocab_rare_share is not None and self.text:
+            raise ValueError(f"vocab_rare_share {self.vocab_rare_share} is for the generated text only")
         if isinstance(self.text, str):
             raise TypeError(f"text must be a tuple of file names, got {self.text!r}")
+        if self.embedding_scale is not None and (
+            self.optimizer != "tiger" or self.embedding_optimizer is not None
+        ):
+            raise ValueError(f"embedding_scale {self.embedding_scale!r} is for embeddings under tiger")
         self.gpt(256)  # says what is wrong with the model's shape
 
     def gpt(self, vocab_size: int) -> GPTConfig:
@@ -127,6 +141,7 @@ class Config:
             self.norm,
             self.tie,
             self.embedding_std or 0.0,
+            self.head,
         )
 
     @property
@@ -158,7 +173,10 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 def load_tokens(config: Config) -> Tokens:
     """The run's text, from its files or generated, and tokenized."""
     text = read_text(config.text) if config.text else generate(config.corpus)
-    return tokenize(text, config.vocab_size, config.context)
+    if config.vocab_rare_share is None:
+        return tokenize(text, config.vocab_size, config.context)
+    other = generate(dataclasses.replace(config.corpus, rare_share=config.vocab_rare_share))
+    return tokenize(text, train_encoding(other, config.vocab_size), config.context)
 
 
 def build_model(config: Config, vocab_size: int) -> GPT:
@@ -170,10 +188,12 @@ def build_model(config: Config, vocab_size: int) -> GPT:
 
 def build_optimizer(config: Config, model: GPT) -> torch.optim.Optimizer:
     """The optimizer that ``config`` describes, for ``model``."""
-    lazy = {"lazy": config.lazy, "lazy_momentum": config.lazy_momentum}
+    options: dict[str, Any] = {"lazy": config.lazy, "lazy_momentum": config.lazy_momentum}
+    if config.embedding_scale is not None:
+        options["scale"] = config.embedding_scale
     if config.lazy == "ids":
         track_rows(model)
-    groups = param_groups(model, embedding=lazy)
+    groups = param_groups(model, embedding=options)
     if config.embedding_optimizer is None:
         return _optimizer(config.optimizer, groups, config)
     embeddings = [group for group in groups if group["kind"] == "embedding"]
@@ -357,17 +377,9 @@ def next_token_loss(model: GPT, windows: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
 
-@torch.no_grad()
-def validation_loss(run: Run, windows: np.ndarray | None = None, limit: int = 512) -> float:
-    """Mean loss in nats per token over validation windows [n, T + 1] (``limit`` of them at most)."""
-    if windows is None:
-        windows = run.tokens.windows(run.config.context, limit)
-    run.model.eval()
-    total = 0.0
-    for part in np.array_split(windows, math.ceil(len(windows) / 64)):
-        total += float(next_token_loss(run.model, torch.from_numpy(part).to(run.device))) * len(part)
-    run.model.train()
-    return total / len(windows)
+def validation_loss(run: Run, limit: int = 512) -> float:
+    """Mean loss in nats per token over the validation windows (``limit`` of them at most)."""
+    return float(token_losses(run.model, run.tokens.windows(run.config.context, limit)).mean())
 
 
 # --- files ----------------------------------------------------------------------------------------

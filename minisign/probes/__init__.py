@@ -1,19 +1,37 @@
 """Measurements: they take a model or a tensor and return plain numbers."""
 
+from minisign.probes.frequency import longest_silence, mean_gaps, rank_frequency, zipf_exponent
+from minisign.probes.losses import loss_by_group, token_losses
+from minisign.probes.memory import state_bytes
 from minisign.probes.saturation import (
+    NEAR,
     Saturation,
+    common_mode,
     extremes,
     frequent_tokens,
+    largest_entries,
     rare_tokens,
     row_rms,
+    saturated_rows,
     saturation,
 )
 
 __all__ = [
+    "NEAR",
     "Saturation",
+    "common_mode",
     "extremes",
     "frequent_tokens",
+    "largest_entries",
+    "longest_silence",
+    "loss_by_group",
+    "mean_gaps",
+    "rank_frequency",
     "rare_tokens",
     "row_rms",
+    "saturated_rows",
     "saturation",
+    "state_bytes",
+    "token_losses",
+    "zipf_exponent",
 ]

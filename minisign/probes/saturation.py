@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 NEAR = 0.8  # of the bound: beyond it a component counts as saturated
 RARE = (1, 3)  # seen this often in training: a rare token
@@ -19,12 +19,14 @@ class Saturation:
 
     Attributes:
         embedding_max, embedding_min: largest and smallest entry, in the parameter's units.
-        rare_saturated: share in [0, 1] among tokens seen 1 to 3 times; NaN if there are none.
+        unseen_saturated: share in [0, 1] among tokens never seen; NaN if there are none.
+        rare_saturated: the same among tokens seen 1 to 3 times.
         frequent_saturated: the same among tokens seen more than 200 times.
     """
 
     embedding_max: float
     embedding_min: float
+    unseen_saturated: float
     rare_saturated: float
     frequent_saturated: float
 
@@ -54,7 +56,18 @@ def saturation(weight: Tensor, counts: np.ndarray, bound: float) -> Saturation:
     def share(tokens: np.ndarray) -> float:
         return float(near[tokens].mean()) if tokens.any() else float("nan")
 
-    return Saturation(high, low, share(rare_tokens(counts)), share(frequent_tokens(counts)))
+    groups = (counts == 0, rare_tokens(counts), frequent_tokens(counts))
+    return Saturation(high, low, *map(share, groups))
+
+
+def saturated_rows(weight: Tensor, bound: float, share: float = 0.1) -> Tensor:
+    """Which rows [V] have more than ``share`` of their components beyond 0.8 of the bound; boolean.
+
+    Args:
+        weight: the embedding [V, D].
+        bound: 1/λ.
+    """
+    return (weight.detach().abs() > NEAR * bound).float().mean(dim=1) > share
 
 
 @torch.no_grad()
@@ -62,6 +75,22 @@ def extremes(weight: Tensor) -> tuple[float, float]:
     """Smallest and largest entry."""
     low, high = torch.aminmax(weight.detach())
     return float(low), float(high)
+
+
+@torch.no_grad()
+def largest_entries(model: nn.Module) -> dict[str, float]:
+    """Largest |entry| of each parameter, by name; a shared one once."""
+    return {name: float(p.detach().abs().max()) for name, p in model.named_parameters()}
+
+
+def common_mode(vectors: Tensor) -> float:
+    """How much of some vectors is the same in all: ‖mean‖² / mean ‖·‖², from 0 (none) to 1 (all equal).
+
+    Args:
+        vectors: [n, D] or [..., D], over whose leading dimensions the mean goes; not all zero.
+    """
+    rows = vectors.detach().double().flatten(0, -2)
+    return float(rows.mean(0).square().sum() / rows.square().sum(1).mean())
 
 
 @torch.no_grad()

@@ -1,0 +1,47 @@
+"""The blow-up and its controls at the lessons' size, over seeds.
+
+    python experiments/blowup.py
+
+Notebooks 00 and 03 read the log and make some of the runs anew.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from minisign.experiment import Figures, Job, main
+from minisign.probes import largest_entries, rare_tokens, saturated_rows
+from minisign.reproduce import lesson_config, run_variant, variant_config
+from minisign.train import load_tokens
+
+VARIANTS = {"tiger": "rms", "lion": "base", "lazy": "rms", "adamw": "rms"}  # and the form
+SEEDS = range(6)
+JOBS = [
+    Job(variant, variant_config(lesson_config(seed), variant, form))
+    for variant, form in VARIANTS.items()
+    for seed in SEEDS
+]
+
+
+def measure(job: Job) -> Figures:
+    """What the article observes, as figures."""
+    config = job.config
+    tokens = load_tokens(config)
+    counts = tokens.counts(config.seed, config.steps, config.batch, config.context)
+    found = run_variant(job.label, config, tokens, counts)
+    bound, rare = found.result["bound"], rare_tokens(counts)
+    rows = saturated_rows(found.run.model.embedding.weight, bound).numpy()
+    components = np.abs(found.weight[rare])
+    return {
+        **found.result,
+        "rows": int(rows.sum()),
+        "median_count": float(np.median(counts[rows])) if rows.any() else None,
+        "largest_count": int(counts[rows].max()) if rows.any() else None,
+        "at_the_bound": float((components > 0.95).mean()),
+        "on_the_way": float(((components > 0.3) & (components <= 0.95)).mean()),
+        "largest": {name: x / bound for name, x in largest_entries(found.run.model).items()},
+    }
+
+
+if __name__ == "__main__":
+    main(__file__, JOBS, measure)

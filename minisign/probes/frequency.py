@@ -1,0 +1,58 @@
+"""How often tokens appear, and how long they stay away."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def rank_frequency(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks from 1 [n] and shares of all tokens [n], the most frequent first; tokens that never occur
+    are left out.
+
+    Args:
+        counts: how often each token occurs [V].
+    """
+    present = np.sort(counts[counts > 0])[::-1]
+    return np.arange(1, len(present) + 1), present / present.sum()
+
+
+def zipf_exponent(counts: np.ndarray, ranks: tuple[int, int] = (10, 1000)) -> float:
+    """s in share ∝ rank^−s, by least squares on the logarithms between two ranks.
+
+    Each rank is weighted by 1/rank, so that every octave of ranks counts the same.
+    """
+    rank, share = rank_frequency(counts)
+    inside = (rank >= ranks[0]) & (rank <= ranks[1])
+    if inside.sum() < 2:
+        raise ValueError(f"ranks {ranks} hold {inside.sum()} tokens: a slope needs two")
+    slope, _ = np.polyfit(np.log(rank[inside]), np.log(share[inside]), 1, w=rank[inside] ** -0.5)
+    return float(-slope)
+
+
+def mean_gaps(seen: np.ndarray) -> np.ndarray:
+    """Mean number of steps from one appearance of a token to the next [V].
+
+    The steps over the number of steps in which it appears; infinite for a token that never does.
+
+    Args:
+        seen: whether each token is in each step's batch [steps, V], boolean.
+    """
+    with np.errstate(divide="ignore"):
+        gaps: np.ndarray = len(seen) / seen.sum(axis=0)
+    return gaps
+
+
+def longest_silence(seen: np.ndarray) -> np.ndarray:
+    """The most steps in a row without a token after it was first seen [V]; 0 for one never seen.
+
+    Args:
+        seen: whether each token is in each step's batch [steps, V], boolean.
+    """
+    longest = np.zeros(seen.shape[1], dtype=np.int64)
+    silent = np.zeros_like(longest)
+    known = np.zeros(seen.shape[1], dtype=bool)
+    for row in seen:
+        known |= row
+        silent = np.where(row | ~known, 0, silent + 1)
+        longest = np.maximum(longest, silent)
+    return longest
