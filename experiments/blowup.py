@@ -2,16 +2,19 @@
 
     python experiments/blowup.py
 
-Notebooks 00 and 03 read the log and make some of the runs anew.
+Notebooks 00, 03, 04 and 05 read the log and make some of the runs anew.
 """
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
+from minisign import theory
 from minisign.experiment import Figures, Job, main
-from minisign.probes import largest_entries, rare_tokens, saturated_rows
-from minisign.reproduce import lesson_config, run_variant, variant_config
+from minisign.probes import largest_entries, rare_tokens, saturated_rows, size_by_kappa
+from minisign.reproduce import lesson_config, run_variant, settled_config, variant_config
 from minisign.train import load_tokens
 
 VARIANTS = {"tiger": "rms", "lion": "base", "lazy": "rms", "adamw": "rms"}  # and the form
@@ -21,14 +24,26 @@ JOBS = [
     for variant, form in VARIANTS.items()
     for seed in SEEDS
 ]
+JOBS += [Job("settled", settled_config(seed)) for seed in SEEDS]
+JOBS += [
+    Job(
+        "lazy, decaying momentum",
+        dataclasses.replace(variant_config(lesson_config(seed), "lazy"), lazy_momentum="decay"),
+    )
+    for seed in SEEDS
+]
 
 
 def measure(job: Job) -> Figures:
-    """What the article observes, as figures."""
+    """What the article observes, as figures; of the settled run, the size of the rows."""
     config = job.config
     tokens = load_tokens(config)
     counts = tokens.counts(config.seed, config.steps, config.batch, config.context)
     found = run_variant(job.label, config, tokens, counts)
+    if job.label == "settled":
+        gaps = theory.mean_gap(tokens.shares, config.batch * config.context)
+        kappa = theory.kappa(config.lr or 0.0, config.weight_decay or 0.0, gaps[counts > 0])
+        return {**found.result, **size_by_kappa(found.weight[counts > 0], kappa)}
     bound, rare = found.result["bound"], rare_tokens(counts)
     rows = saturated_rows(found.run.model.embedding.weight, bound).numpy()
     components = np.abs(found.weight[rare])

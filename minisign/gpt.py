@@ -187,3 +187,25 @@ class GPT(nn.Module):
         if self.config.tie == "half_swap":
             x = torch.cat(x.chunk(2, dim=-1)[::-1], dim=-1)
         return x
+
+    @torch.no_grad()
+    def sample(self, ids: Tensor, length: int, seed: int = 0) -> Tensor:
+        """``ids`` [T] and ``length`` more tokens, each drawn from what the model expects there.
+
+        Of a longer text the last ``context`` tokens count. Leaves torch's global generator alone, and the
+        model in the mode it was in.
+
+        Raises:
+            ValueError: no token to start from.
+        """
+        if not len(ids):
+            raise ValueError("sampling needs at least one token to start from, got none")
+        training = self.training
+        self.eval()
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(length):
+            logits = self(ids[None, -self.config.context :])[0, -1]
+            drawn = torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=generator)
+            ids = torch.cat([ids, drawn.to(ids.device)])
+        self.train(training)
+        return ids

@@ -6,6 +6,7 @@ line has its own dash as well.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ STYLES = {
     "hybrid": (PURPLE, ":"),
     "adamw": (BLACK, (0, (1, 1))),
 }
+# For what is no variant.
+CYCLE = ((BLUE, "-"), (RED, "--"), (GREEN, "-."), (PURPLE, ":"), (ORANGE, (0, (5, 1))))
 
 
 def _style(name: str) -> dict[str, Any]:
@@ -48,6 +51,81 @@ def save(figure: Figure, path: Path) -> None:
     """Writes a PNG at 150 dots an inch, the same bytes for the same figure."""
     with matplotlib.rc_context({"svg.hashsalt": "minisign"}):
         figure.savefig(path, dpi=150, format="png", metadata={"Software": None})
+
+
+def curves(
+    measured: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    theory: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
+    points: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
+    bands: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike]] | None = None,
+    **axes: Any,
+) -> Figure:
+    """Lines over a common x, with closed forms as broad pale lines and bands beneath, single points above.
+
+    Args:
+        measured: by label, x [n] and y [n]; a variant's name gives it the variant's colour and dash.
+        theory, points: likewise.
+        bands: by label, x [n] and the lower and upper end [n].
+        axes: ``title``, ``xlabel``, ``ylabel``, ``xscale`` and whatever else ``Axes.set`` takes.
+    """
+    figure, (ax,) = new_figure()
+    for i, (label, (x, low, high)) in enumerate((bands or {}).items()):
+        ax.fill_between(x, low, high, color=(SKY, ORANGE, GREY)[i % 3], alpha=0.4, linewidth=0, label=label)
+    for i, (label, (x, y)) in enumerate((theory or {}).items()):
+        ax.plot(x, y, color=(BLACK, ORANGE, SKY)[i % 3], linewidth=5, alpha=0.3, label=label, zorder=1)
+    for i, (label, (x, y)) in enumerate(measured.items()):
+        color, dash = STYLES.get(label, CYCLE[i % len(CYCLE)])
+        ax.plot(x, y, color=color, linestyle=dash, linewidth=1.6, label=label)
+    for i, (label, (x, y)) in enumerate((points or {}).items()):
+        color = CYCLE[i % len(CYCLE)][0]
+        ax.plot(x, y, "osD^v"[i % 5], color=color, markersize=5, label=label)
+    ax.set(**axes)
+    ax.legend(fontsize=9)
+    return figure
+
+
+def densities(panels: Mapping[str, tuple[ArrayLike, ArrayLike]], bins: ArrayLike, title: str) -> Figure:
+    """Histograms side by side, each with an expected density over it.
+
+    Args:
+        panels: by title, values [n] and the density expected in the middle of each bin [bins − 1].
+        bins: edges of the bins.
+        title: what was run.
+    """
+    edges = np.asarray(bins)
+    figure, axes = _small_multiples(list(panels), title, "λθ", "density", columns=5)
+    for ax, (values, expected) in zip(axes, panels.values(), strict=True):
+        ax.hist(np.asarray(values), edges.tolist(), density=True, color=SKY)
+        ax.plot((edges[1:] + edges[:-1]) / 2, expected, color=BLACK)
+        ax.set(ylim=(0, 3))
+    return figure
+
+
+def bars(
+    shares: Mapping[str, Sequence[float]], groups: Sequence[str], horizontal: bool = False, **axes: Any
+) -> Figure:
+    """Bars in groups, told apart by colour and hatching.
+
+    Args:
+        shares: by label, a value for each group.
+        groups: their names.
+        horizontal: for long names.
+        axes: as for :func:`curves`; the values' axis is y, or x if horizontal.
+    """
+    figure, (ax,) = new_figure(height=4.2 if not horizontal else 1.2 + 0.32 * len(groups))
+    width = 0.8 / len(shares)
+    for i, (label, values) in enumerate(shares.items()):
+        color = STYLES.get(label, CYCLE[i % len(CYCLE)])[0]
+        at = np.arange(len(groups)) + width * (i - (len(shares) - 1) / 2)
+        hatch = ("", "//", "..", "xx", "--")[i % 5]
+        if horizontal:
+            ax.barh(at, values, 0.92 * width, label=label, color=color, edgecolor="white", hatch=hatch)
+        else:
+            ax.bar(at, values, 0.92 * width, label=label, color=color, edgecolor="white", hatch=hatch)
+    (ax.set_yticks if horizontal else ax.set_xticks)(range(len(groups)), groups)
+    ax.set(**axes)
+    ax.legend(fontsize=9)
+    return figure
 
 
 def growth(
@@ -123,10 +201,10 @@ def rows_by_frequency(rows: Mapping[str, tuple[ArrayLike, ArrayLike]], title: st
 
 
 def _small_multiples(
-    names: Sequence[str], title: str, xlabel: str, ylabel: str
+    names: Sequence[str], title: str, xlabel: str, ylabel: str, columns: int = 4
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with one small panel for each name, four to a line, with common axes."""
-    columns = min(4, max(1, len(names)))
+    """A figure with one small panel for each name, so many to a line, with common axes."""
+    columns = min(columns, max(1, len(names)))
     lines = -(-len(names) // columns)
     figure = Figure(
         figsize=(max(5.0, 2.6 * columns + 0.4), max(3.2, 2.2 * lines + 0.8)), layout="constrained"
@@ -144,3 +222,30 @@ def _small_multiples(
     figure.supylabel(ylabel, fontsize=9)
     figure.suptitle(title, fontsize=10)
     return figure, panels
+
+
+def trajectories(
+    paths: Mapping[str, ArrayLike], curvature: tuple[float, float], title: str, turn: float = 0.0
+) -> Figure:
+    """Paths on the quadratic bowl ½(a u² + b v²), over its contours, one panel each.
+
+    Args:
+        paths: by name, points [n, 2].
+        curvature: a and b.
+        title: what was run.
+        turn: angle in radians from the axes x, y to the axes u, v of the bowl.
+    """
+    figure, panels = _small_multiples(list(paths), title, "x", "y", columns=5)
+    reach = 1.1 * max(float(np.abs(np.asarray(path)).max()) for path in paths.values())
+    x, y = np.meshgrid(*(np.linspace(-reach, reach, 201),) * 2)
+    u = math.cos(turn) * x + math.sin(turn) * y
+    v = math.cos(turn) * y - math.sin(turn) * x
+    heights = (curvature[0] * u**2 + curvature[1] * v**2) / 2
+    for ax, path in zip(panels, map(np.asarray, paths.values()), strict=True):
+        ax.contour(
+            x, y, heights, levels=heights.max() * np.geomspace(1e-4, 1, 9), colors=GREY, linewidths=0.4
+        )
+        ax.plot(*path.T, color=BLUE, linewidth=0.9, marker=".", markersize=3)
+        ax.plot(*path[0], "o", color=ORANGE)
+        ax.plot(0, 0, "+", color=BLACK)
+    return figure

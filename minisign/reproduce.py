@@ -66,6 +66,11 @@ def lesson_config(seed: int = 0) -> Config:
     )
 
 
+def settled_config(seed: int = 0) -> Config:
+    """The lessons' model under Lion at a constant rate, for so long (Σηλ = 9) that rows have settled."""
+    return dataclasses.replace(variant_config(lesson_config(seed), "lion", "base"), lr=1e-2, decay=0.0)
+
+
 def variant_config(base: Config, variant: str, form: str = "rms") -> Config:
     """The configuration of a variant.
 

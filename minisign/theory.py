@@ -72,10 +72,20 @@ def logistic_steps_to_reach(share: float, alpha: float, weight_decay: float, sta
     return (math.log(share / (1 - share)) + math.log(odds_to_come)) / alpha
 
 
-def kappa(eta: float, weight_decay: float, gap: float) -> float:
+def logistic_delay(alpha: float) -> float:
+    """Steps by which a row lags behind :func:`logistic_growth` if its start has nothing to do with the
+    signs of its momentum: ln 2/α.
+
+    θ = u·sign + θ_0 with θ_0 at right angles to the signs, so r² = u² + r_0² and du/dt = αr: then
+    u = r_0 sinh αt, which soon is half of r_0 e^{αt}.
+    """
+    return math.log(2) / alpha
+
+
+def kappa(eta: float, weight_decay: float, gap: ArrayLike) -> NDArray[np.float64]:
     """κ = ηλτ: the mean gap τ between two appearances of a token, in units of the 1/(ηλ) steps that an
     entry takes to approach its bound. Beyond ½ the entries of :func:`stationary_density` pile up at ±1."""
-    return eta * weight_decay * gap
+    return np.asarray(eta * weight_decay * np.asarray(gap, dtype=np.float64))
 
 
 def stationary_density(x: ArrayLike, kappa: float) -> NDArray[np.float64]:
@@ -118,6 +128,18 @@ def stationary_share(kappa: float, near: float = 0.8) -> float:
     return float(weight[u > math.atanh(near)].sum() / weight.sum())
 
 
+def steps_to_underflow(start: float, beta: float, smallest: float = 2.0**-126) -> float:
+    """Steps without a gradient until a momentum of ``start`` falls below the smallest number that the
+    arithmetic keeps: ln(start/smallest)/(−ln β).
+
+    Args:
+        start: |m| after the last gradient.
+        smallest: 2⁻¹²⁶, the smallest normal number of float32 and bfloat16, where subnormal ones are
+            flushed to zero.
+    """
+    return math.log(start / smallest) / -math.log(beta)
+
+
 def isolated_adamw_move(lr: float, beta1: float = 0.9, beta2: float = 0.999) -> float:
     """How far one gradient, alone among zeros, moves a weight under AdamW in all, whatever its size.
 
@@ -138,6 +160,18 @@ def tied_initial_loss(vocab_size: int, width: int, std: float, position_std: flo
     own = width * std**2 / math.hypot(std, position_std)
     others = math.log(vocab_size - 1) + width * std**2 / 2
     return float(np.logaddexp(own, others))
+
+
+def mean_gap(share: ArrayLike, draws: int) -> NDArray[np.float64]:
+    """τ: mean number of steps from one batch with a token to the next, 1/(1 − (1 − p)ⁿ).
+
+    Args:
+        share: p, how large a share of the text the token is; any shape; 0 gives infinity.
+        draws: n tokens in a batch, taken as independent.
+    """
+    with np.errstate(divide="ignore"):
+        present = -np.expm1(draws * np.log1p(-np.asarray(share, dtype=np.float64)))
+        return np.asarray(1 / present)
 
 
 def expected_seen(probabilities: ArrayLike, draws: int, times: int) -> float:

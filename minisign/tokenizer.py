@@ -86,6 +86,12 @@ class Tokens:
     def vocab_size(self) -> int:
         return self.encoding.n_vocab
 
+    @property
+    def shares(self) -> np.ndarray:
+        """How large a share of the training text each token is [V]."""
+        shares: np.ndarray = np.bincount(self.train, minlength=self.vocab_size) / len(self.train)
+        return shares
+
     def batch(self, seed: int, step: int, size: int, context: int) -> np.ndarray:
         """Training windows [size, context + 1], at random places that follow from (seed, step) alone,
         so that a resumed run sees what an unbroken one would have seen."""
@@ -101,6 +107,13 @@ class Tokens:
             ids = self.batch(seed, step, size, context)[:, :-1]
             counts += np.bincount(ids.ravel(), minlength=self.vocab_size)
         return counts
+
+    def appearances(self, seed: int, steps: int, size: int, context: int) -> np.ndarray:
+        """Whether each token was a model's input at each step [steps, V], boolean."""
+        seen = np.zeros((steps, self.vocab_size), dtype=bool)
+        for step in range(steps):
+            seen[step, self.batch(seed, step, size, context)[:, :-1].ravel()] = True
+        return seen
 
     def windows(self, context: int, limit: int) -> np.ndarray:
         """Validation windows [n ≤ limit, context + 1], side by side, evenly spread over ``val``."""

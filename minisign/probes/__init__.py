@@ -14,7 +14,9 @@ from minisign.probes.saturation import (
     row_rms,
     saturated_rows,
     saturation,
+    size_by_kappa,
 )
+from minisign.probes.speed import take_turns
 
 __all__ = [
     "NEAR",
@@ -31,7 +33,9 @@ __all__ = [
     "row_rms",
     "saturated_rows",
     "saturation",
+    "size_by_kappa",
     "state_bytes",
+    "take_turns",
     "token_losses",
     "zipf_exponent",
 ]

@@ -98,3 +98,25 @@ def row_rms(weight: Tensor) -> np.ndarray:
     """RMS of each row [V], in the parameter's units."""
     rms: np.ndarray = weight.detach().float().square().mean(dim=1).sqrt().cpu().numpy()
     return rms
+
+
+def size_by_kappa(weight: np.ndarray, kappa: np.ndarray) -> dict[str, dict[str, float]]:
+    """Rows sorted into octaves of κ = ηλτ, with the mean of their RMS and of their saturated shares.
+
+    Args:
+        weight: rows in units of the bound [n, D].
+        kappa: of each row [n], finite.
+
+    Returns:
+        For every octave [2ʲ, 2ʲ⁺¹) that holds 20 rows or more, under its lower edge as a string:
+        ``"kappa"``, ``"rms"`` and ``"share"``, means over its rows.
+    """
+    octave = np.floor(np.log2(kappa)).astype(int)
+    rms, share = np.sqrt((weight**2).mean(axis=1)), (np.abs(weight) > NEAR).mean(axis=1)
+    found = {}
+    for j in np.unique(octave):
+        rows = octave == j
+        if rows.sum() >= 20:
+            figures = {"kappa": kappa[rows], "rms": rms[rows], "share": share[rows]}
+            found[f"{2.0**j:g}"] = {name: float(values.mean()) for name, values in figures.items()}
+    return found
