@@ -82,6 +82,22 @@ def logistic_delay(alpha: float) -> float:
     return math.log(2) / alpha
 
 
+def right_sign(signal: float, memory: float) -> float:
+    """Probability that the sign of a momentum is that of the mean gradient, for normal gradients.
+
+    m is a sum of past gradients with weights 1, b, b², …: its mean over its standard deviation is
+    √((1 + b)/(1 − b)) times that of one gradient, and the probability the normal distribution function of
+    that.
+
+    Args:
+        signal: mean of the gradient over its standard deviation.
+        memory: b in [0, 1), what is left of m from one gradient to the next: β in every-day training and
+            for lazy rows whose momentum is frozen, β^τ where it decays over the τ steps in between.
+    """
+    better = signal * math.sqrt((1 + memory) / (1 - memory))
+    return (1 + math.erf(better / math.sqrt(2))) / 2
+
+
 def kappa(eta: float, weight_decay: float, gap: ArrayLike) -> NDArray[np.float64]:
     """κ = ηλτ: the mean gap τ between two appearances of a token, in units of the 1/(ηλ) steps that an
     entry takes to approach its bound. Beyond ½ the entries of :func:`stationary_density` pile up at ±1."""
