@@ -112,7 +112,8 @@ def bars(
         horizontal: for long names.
         axes: as for :func:`curves`; the values' axis is y, or x if horizontal.
     """
-    figure, (ax,) = new_figure(height=4.2 if not horizontal else 1.2 + 0.32 * len(groups))
+    line = 0.14 * (len(shares) + 1)  # inches for a group
+    figure, (ax,) = new_figure(height=1.3 + line * len(groups) if horizontal else 4.2)
     width = 0.8 / len(shares)
     for i, (label, values) in enumerate(shares.items()):
         color = STYLES.get(label, CYCLE[i % len(CYCLE)])[0]
@@ -124,7 +125,11 @@ def bars(
             ax.bar(at, values, 0.92 * width, label=label, color=color, edgecolor="white", hatch=hatch)
     (ax.set_yticks if horizontal else ax.set_xticks)(range(len(groups)), groups)
     ax.set(**axes)
-    ax.legend(fontsize=9)
+    if horizontal:
+        ax.invert_yaxis()  # the first group on top
+        figure.legend(loc="outside lower center", ncols=len(shares), fontsize=9)
+    else:
+        ax.legend(fontsize=9)
     return figure
 
 
