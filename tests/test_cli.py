@@ -170,8 +170,9 @@ def test_variants_differ_from_tiger_in_what_they_name(form: str) -> None:
         ["--optimizer", "tiger", "--lazy", "ids"],
         ["--optimizer", "lion", "--lr", "0.01", "--betas", "0.8", "0.9", "--weight-decay", "1"],
         ["--optimizer", "tiger", "--scale", "1.0", "--lr", "0.001", "--embedding-optimizer", "adamw"],
+        ["--head", "centered", "--embedding-scale", "0.5"],
     ],
-    ids=["lazy tiger", "lion", "hybrid"],
+    ids=["lazy tiger", "lion", "hybrid", "centered"],
 )
 def test_resume_is_an_unbroken_run(tmp_path: Path, text: str, options: list[str]) -> None:
     shared = ["train", "--text", text, *SMALL, *options, "--seed", "3"]
@@ -184,6 +185,14 @@ def test_resume_is_an_unbroken_run(tmp_path: Path, text: str, options: list[str]
     for folder in (rest, part):
         found = load_file(f"{folder}/model.safetensors")
         assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_options_reach_the_configuration(tmp_path: Path) -> None:
+    given = {"--head": "bias", "--embedding-scale": "0.5", "--vocab-rare-share": "0.5"}
+    argv = [x for pair in given.items() for x in pair]
+    assert main(["train", *SMALL, *argv, "--steps", "1", "--out", str(tmp_path)]) == 0
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert [config["head"], config["embedding_scale"], config["vocab_rare_share"]] == ["bias", 0.5, 0.5]
 
 
 def test_ctrl_c_saves_a_run_that_goes_on_to_the_same_weights(tmp_path: Path, text: str) -> None:
@@ -269,6 +278,10 @@ def test_bad_train(tmp_path: Path, text: str, capsys: Any) -> None:
         (["--betas", "1.5"], "Invalid beta: 1.5"),
         (["--betas", "0.9", "0.9"], "tiger takes 1 beta(s)"),
         (["--scale", "big"], "--scale must be rms, row_rms or a number, got big"),
+        (["--embedding-scale", "big"], "--embedding-scale must be rms, row_rms or a number, got big"),
+        (["--embedding-scale", "1", "--optimizer", "lion"], "embedding_scale 1.0 is for embeddings under"),
+        (["--head", "tail"], "unknown head 'tail': choose from plain, bias, centered"),
+        (["--vocab-rare-share", "0.5"], "vocab_rare_share 0.5 is for the generated text only"),
         (["--lazy", "rows"], "unknown lazy 'rows'"),
         (["--accumulate", "0"], "Invalid accumulate: 0"),
         (["--tie", "knot"], "unknown tie 'knot'"),

@@ -1,4 +1,4 @@
-"""The model: shapes, causality, tying, where the norms stand, and its start."""
+"""The model: shapes, causality, tying, where the norms stand, output layer, start, and samples."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from minisign.gpt import GPT, GPTConfig
+from minisign.gpt import GPT, Center, GPTConfig
 
 SMALL = dict(vocab_size=50, context=8, layers=2, heads=2, width=16)
 
@@ -81,6 +81,98 @@ def test_start() -> None:
     assert model.blocks[0].mlp.down.weight.std().item() == pytest.approx(0.01, rel=0.05)
 
 
+# --- the output layer -----------------------------------------------------------------------------
+
+
+def test_only_the_heads_with_a_bias_have_one_and_it_starts_at_zero() -> None:
+    assert build().head.bias is None
+    for head in ("bias", "centered"):
+        model = build(head=head)
+        assert torch.equal(model.head.bias, torch.zeros(50))
+        model.head.bias.data[7] = 1e4
+        assert (model(torch.tensor([[1, 2, 3]])).argmax(-1) == 7).all()
+
+
+@pytest.mark.parametrize("tie", ["none", "half_swap"])
+def test_the_centered_head_sees_no_direction_that_all_tokens_share(tie: str) -> None:
+    ids = torch.randint(0, 50, (3, 8))
+    plain, centered = (build(tie=tie, head=head).features(ids) for head in ("bias", "centered"))
+    torch.testing.assert_close(centered, plain - plain.mean((0, 1)))
+
+
+def test_center_remembers_a_running_mean() -> None:
+    center, x = Center(2), torch.tensor([[[1.0, 5.0], [3.0, 5.0]]], requires_grad=True)
+    for _ in range(3):
+        y = center(x)
+    assert torch.equal(y, torch.tensor([[[-1.0, 0.0], [1.0, 0.0]]]))
+    y[0, 0, 0].backward()  # the mean takes part in the gradient
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.tensor([[[0.5, 0.0], [-0.5, 0.0]]]))
+    center.eval()
+    seen = 1 - 0.9**3
+    torch.testing.assert_close(center(x), x - torch.tensor([2.0, 5.0]) * seen)
+    torch.testing.assert_close(center.mean, torch.tensor([2.0, 5.0]) * seen)  # not changed out of training
+
+
+def test_the_running_mean_is_saved_and_keeps_the_future_out() -> None:
+    model = build(head="centered")
+    model(torch.randint(0, 50, (3, 8)))
+    assert model.state_dict()["center.mean"].any()
+    model.eval()
+    ids = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+    torch.testing.assert_close(model(ids)[:1, :2], model(ids[:1, :2]))
+
+
+# --- samples --------------------------------------------------------------------------------------
+
+
+def test_a_sample_goes_on_from_its_start_and_follows_from_the_seed() -> None:
+    model, start = build(), torch.tensor([3, 1, 4])
+    state = torch.get_rng_state()
+    sample = model.sample(start, 20, seed=1)
+    assert sample.shape == (23,)
+    assert torch.equal(sample[:3], start)
+    assert torch.equal(sample, model.sample(start, 20, seed=1))
+    assert not torch.equal(sample, model.sample(start, 20, seed=2))
+    assert torch.equal(torch.get_rng_state(), state)  # nobody else's randomness is touched
+    assert torch.equal(model.sample(start, 0), start)
+
+
+def test_a_sample_is_drawn_from_what_the_model_expects() -> None:
+    model = build(head="bias")
+    model.head.weight.data.zero_()
+    model.head.bias.data.fill_(-math.inf)
+    model.head.bias.data[[7, 9]] = torch.tensor([0.75, 0.25]).log()
+    drawn = model.sample(torch.tensor([1]), 1000)[1:]
+    assert set(drawn.tolist()) == {7, 9}
+    assert (drawn == 7).float().mean().item() == pytest.approx(0.75, abs=0.05)
+
+
+def test_a_sample_sees_the_last_tokens_that_fit() -> None:
+    model, seen = build(), list[torch.Tensor]()
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
+    sample = model.sample(torch.arange(6), 5)
+    for length, ids in zip(range(6, 11), seen, strict=True):
+        assert torch.equal(ids, sample[:length][-8:])
+
+
+def test_sampling_leaves_the_model_as_it_is() -> None:
+    model = build(head="centered")
+    for training in (True, False):
+        model.train(training)
+        model.sample(torch.tensor([1]), 3)
+        assert model.training == model.center.training == training
+    assert not model.center.mean.any()  # nothing was learned from the samples
+
+
+def test_a_sample_needs_a_start() -> None:
+    with pytest.raises(ValueError, match="at least one token to start from, got none"):
+        build().sample(torch.tensor([], dtype=torch.long), 3)
+
+
+# --- what must fail clearly -----------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -89,6 +181,7 @@ def test_start() -> None:
         ({"heads": 1.5}, TypeError, r"heads must be a whole number, got 1\.5"),
         ({"norm": "none"}, ValueError, "unknown norm 'none'"),
         ({"tie": "swap"}, ValueError, "unknown tie 'swap'"),
+        ({"head": "tail"}, ValueError, "unknown head 'tail': choose from plain, bias, centered"),
         ({"tie": "half_swap", "width": 3, "heads": 1}, ValueError, "even width, got 3"),
         ({"embedding_std": 0.0}, ValueError, r"embedding_std must be positive, got 0\.0"),
     ],

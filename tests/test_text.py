@@ -156,6 +156,36 @@ def test_batches_follow_from_seed_and_step() -> None:
     assert all(" ".join(map(str, row)) in joined for row in a)
 
 
+def test_shares_are_those_of_the_training_text() -> None:
+    tokens = tokenize("aab" * 300 + "c" * 100, 256, 4)  # the c are held out
+    letters = [tokens.encoding.encode_single_token(x) for x in "abc"]
+    np.testing.assert_allclose(tokens.shares[letters], [2 / 3, 1 / 3, 0])
+    assert tokens.shares.shape == (256,)
+    assert tokens.shares.sum() == pytest.approx(1)
+
+
+def test_appearances_are_the_inputs_of_each_batch() -> None:
+    tokens = tokenize(generate(CorpusConfig(words=3000)), 300, 16)
+    seen = tokens.appearances(7, 5, 4, 16)
+    assert seen.shape == (5, 300)
+    for step, row in enumerate(seen):
+        inputs = tokens.batch(7, step, 4, 16)[:, :-1]
+        assert np.flatnonzero(row).tolist() == np.unique(inputs).tolist()
+    assert np.array_equal(seen.any(axis=0), tokens.counts(7, 5, 4, 16) > 0)
+
+
+def test_a_vocabulary_can_be_brought_along() -> None:
+    texts = [generate(CorpusConfig(words=3000, rare_share=share)) for share in (0.0, 1.0)]
+    own = tokenize(texts[0], 300, 16)
+    brought = tokenize(texts[1], own.encoding, 16)
+    assert brought.encoding is own.encoding
+    cut = len(texts[1]) * 9 // 10
+    assert brought.encoding.decode(brought.train.tolist()) == texts[1][:cut]
+    assert brought.encoding.decode(brought.val.tolist()) == texts[1][cut:]
+    with pytest.raises(ValueError, match="a context of 32 needs 33"):
+        tokenize("to be or not", own.encoding, 32)
+
+
 def test_validation_windows_lie_in_the_held_out_tenth() -> None:
     tokens = tokenize(generate(CorpusConfig(words=3000)), 300, 16)
     windows = tokens.windows(16, 10**6)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, load_model
 
 from minisign import Hybrid
 from minisign.corpus import CorpusConfig, generate
-from minisign.gpt import GPT
+from minisign.gpt import GPT, Center
 from minisign.train import (
     CHECKPOINT,
     Config,
@@ -48,6 +48,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "lazy": {"lazy": "ids", "lazy_momentum": "decay"},
     "hybrid": {"embedding_optimizer": "adamw"},
     "adamw": {"optimizer": "adamw", "tie": "half_swap"},
+    "centered": {"head": "centered", "tie": "half_swap", "embedding_scale": "rms", "vocab_rare_share": 0.5},
 }
 
 
@@ -79,6 +80,7 @@ def test_resumed_run_ends_at_the_same_weights(name: str, tmp_path: Path) -> None
     resumed = train(Run.resume(tmp_path, steps=12))
     assert same(weights(whole), weights(resumed))
     assert whole.losses == resumed.losses
+    assert validation_loss(whole) == validation_loss(resumed)
     assert same(weights(whole), weights(train(Run(config, load_tokens(config)))))
 
 
@@ -170,6 +172,40 @@ def test_build_optimizer() -> None:
     assert {g["lazy"] for g in groups if g["kind"] != "embedding"} == {False}
 
 
+def test_head_reaches_the_model() -> None:
+    config = small(head="centered")
+    assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert isinstance(build_model(config, 300).center, Center)
+    assert build_model(small(), 300).head.bias is None
+
+
+def test_embedding_scale_is_for_the_embeddings_alone() -> None:
+    def scales(**options: Any) -> dict[str, Any]:
+        config = small(**options)
+        return {
+            g["kind"]: g["scale"] for g in build_optimizer(config, build_model(config, 300)).param_groups
+        }
+
+    plain = scales()
+    assert plain["embedding"] == "row_rms"
+    assert scales(embedding_scale="rms") == {**plain, "embedding": "rms"}
+    assert scales(embedding_scale=0.25) == {**plain, "embedding": 0.25}
+    assert scales(scale=1.0, embedding_scale="row_rms")["embedding"] == "row_rms"
+
+
+def test_a_vocabulary_from_more_of_the_rare_language_spells_it_with_fewer_tokens() -> None:
+    plain, shared = load_tokens(small()), load_tokens(small(vocab_rare_share=0.5))
+    assert shared.sha256 == plain.sha256  # the run's own text is the same
+    text = generate(SMALL["corpus"])
+    assert shared.encoding.decode(shared.train) == text[: len(text) * 9 // 10]
+    lengths = {}
+    for share in (0.0, 1.0):
+        text = generate(dataclasses.replace(SMALL["corpus"], rare_share=share))
+        lengths[share] = [len(tokens.encoding.encode_ordinary(text)) for tokens in (plain, shared)]
+    assert lengths[1.0][1] < 0.9 * lengths[1.0][0]
+    assert lengths[0.0][1] > lengths[0.0][0]
+
+
 def test_a_loss_that_is_not_finite_is_an_error() -> None:
     run = Run(small(), load_tokens(small()))
     run.model.head.weight.data.fill_(float("nan"))
@@ -192,12 +228,36 @@ def test_a_loss_that_is_not_finite_is_an_error() -> None:
         ({"betas": (0.9, 0.9)}, ValueError, r"tiger takes 1 beta\(s\), got \(0\.9, 0\.9\)"),
         ({"embedding_optimizer": "lion"}, ValueError, "unknown embedding_optimizer 'lion'"),
         ({"width": 15}, ValueError, "width 15 is not divisible"),
+        ({"head": "tail"}, ValueError, "unknown head 'tail'"),
+        (
+            {"embedding_scale": 0.5, "optimizer": "lion"},
+            ValueError,
+            r"embedding_scale 0\.5 is for .* tiger",
+        ),
+        (
+            {"embedding_scale": "rms", "embedding_optimizer": "adamw"},
+            ValueError,
+            "embedding_scale 'rms' is for embeddings under tiger",
+        ),
+        (
+            {"vocab_rare_share": 0.5, "text": ("book.txt",)},
+            ValueError,
+            r"vocab_rare_share 0\.5 is for the generated text only",
+        ),
         ({"text": "book.txt"}, TypeError, r"tuple of file names, got 'book\.txt'"),
     ],
 )
 def test_bad_config(options: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         small(**options)
+
+
+def test_bad_config_that_shows_when_it_is_used() -> None:
+    config = small(embedding_scale="big")
+    with pytest.raises(ValueError, match="unknown scale 'big'"):
+        build_optimizer(config, build_model(config, 300))
+    with pytest.raises(ValueError, match=r"rare_share must be in \[0, 1\], got 1\.5"):
+        load_tokens(small(vocab_rare_share=1.5))
 
 
 def test_bad_checkpoints(tmp_path: Path, text_file: Path) -> None:
