@@ -37,7 +37,7 @@ FIXES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "lion": ("lion", "base", {}),
     "lion, lazy": ("lion", "base", {"lazy": "ids"}),
     "lion, half_swap, centered": ("lion", "base", {"tie": "half_swap", "head": "centered"}),
-    "lion, hybrid": ("lion", "base", {"embedding_optimizer": "adamw", "embedding_std": 0.2}),
+    "lion, hybrid": ("lion", "base", {"embedding_optimizer": "adamw"}),
     "from scratch": ("tiger", "rms", {}),  # fine-tuned without any training before
 }
 

@@ -2,7 +2,7 @@
 
     python experiments/tying.py
 
-Notebook 06 reads the log and makes one of the runs anew.
+Notebook 06 reads the log and makes two of the runs anew: those conditions have more seeds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from minisign.probes import common_mode
 from minisign.reproduce import FORMS, lesson_config, run_variant, variant_config
 from minisign.train import load_tokens
 
-SEEDS = range(3)
+SEEDS, MORE_SEEDS = 3, 6
 TIES = {"untied": "tiger", "tied": "tied", "half_swap": "half_swap"}  # and the variant that has it
 # What each condition changes against the lessons' model.
 CONDITIONS: dict[str, dict[str, Any]] = {
@@ -42,7 +42,7 @@ JOBS = [
     for condition, changes in CONDITIONS.items()
     for form in FORMS
     for tie, variant in TIES.items()
-    for seed in SEEDS
+    for seed in range(MORE_SEEDS if condition in ("as it is", "centered") else SEEDS)
     if form == "rms" or "embedding_scale" not in changes
 ]
 
