@@ -133,6 +133,29 @@ def bars(
     return figure
 
 
+def intervals(panels: Mapping[str, Mapping[str, ArrayLike]], title: str) -> Figure:
+    """Runs as dots, with a bar from the lowest to the highest: a panel for each figure, side by side with a
+    common list of conditions.
+
+    Args:
+        panels: by what is measured, the runs [seeds] of each condition; the conditions are those of the
+            first panel, and one that another panel has not got stays empty there.
+        title: what was run.
+    """
+    names = list(next(iter(panels.values())))
+    figure, axes = new_figure(2.0 + 2.6 * len(panels), 1.4 + 0.27 * len(names), columns=len(panels))
+    for i, (ax, (label, conditions)) in enumerate(zip(axes, panels.items(), strict=True)):
+        for at, name in enumerate(names):
+            if name in conditions:
+                runs = np.asarray(conditions[name])
+                ax.plot([runs.min(), runs.max()], [at, at], color=SKY, linewidth=7, solid_capstyle="butt")
+                ax.plot(runs, [at] * len(runs), ".", color=BLACK, markersize=4)
+        ax.set(xlabel=label, ylim=(len(names) - 0.5, -0.5))  # the first condition on top
+        ax.set_yticks(range(len(names)), names if i == 0 else [""] * len(names))
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
 def growth(
     curves: Mapping[str, tuple[ArrayLike, ArrayLike]],
     theory: Mapping[str, tuple[ArrayLike, ArrayLike]],

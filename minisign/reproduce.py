@@ -87,6 +87,36 @@ def variant_config(base: Config, variant: str, form: str = "rms") -> Config:
     return dataclasses.replace(base, **changes)
 
 
+# The fixes that `experiments/fixes.py` compares. By label: the variant, the form, and what else changes.
+FIXES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "tiger": ("tiger", "rms", {}),
+    "lazy": ("lazy", "rms", {}),
+    "tied": ("tied", "rms", {}),
+    "half_swap": ("half_swap", "rms", {}),
+    "half_swap, centered": ("half_swap", "rms", {"head": "centered"}),
+    "hybrid": ("hybrid", "rms", {}),
+    "adamw": ("adamw", "rms", {}),
+    "lion": ("lion", "base", {}),
+    "lion, lazy": ("lion", "base", {"lazy": "ids"}),
+    "lion, half_swap, centered": ("lion", "base", {"tie": "half_swap", "head": "centered"}),
+    "lion, hybrid": ("lion", "base", {"embedding_optimizer": "adamw"}),
+}
+
+
+def fix_config(base: Config, label: str) -> Config:
+    """The configuration of a fix, with a vocabulary learned from both languages in equal parts: the one
+    that 1 % of the second language gives spells its words with tokens of the first, and leaves little to
+    fine-tune.
+
+    Raises:
+        ValueError: an unknown fix.
+    """
+    if label not in FIXES:
+        raise ValueError(f"unknown fix {label!r}: choose from {', '.join(FIXES)}")
+    variant, form, changes = FIXES[label]
+    return dataclasses.replace(variant_config(base, variant, form), vocab_rare_share=0.5, **changes)
+
+
 @dataclass
 class VariantRun:
     """A trained variant and what the pictures need of it.

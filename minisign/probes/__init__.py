@@ -1,6 +1,12 @@
 """Measurements: they take a model or a tensor and return plain numbers."""
 
-from minisign.probes.frequency import longest_silence, mean_gaps, rank_frequency, zipf_exponent
+from minisign.probes.frequency import (
+    frequency_groups,
+    longest_silence,
+    mean_gaps,
+    rank_frequency,
+    zipf_exponent,
+)
 from minisign.probes.losses import loss_by_group, token_losses
 from minisign.probes.memory import state_bytes
 from minisign.probes.saturation import (
@@ -23,6 +29,7 @@ __all__ = [
     "Saturation",
     "common_mode",
     "extremes",
+    "frequency_groups",
     "frequent_tokens",
     "largest_entries",
     "longest_silence",

@@ -56,3 +56,14 @@ def longest_silence(seen: np.ndarray) -> np.ndarray:
         silent = np.where(row | ~known, 0, silent + 1)
         longest = np.maximum(longest, silent)
     return longest
+
+
+def frequency_groups(counts: np.ndarray) -> dict[str, np.ndarray]:
+    """Which tokens were seen never, 1 to 3, 4 to 20, 21 to 200 and more times: by name, masks [V].
+
+    Args:
+        counts: how often each token was seen [V].
+    """
+    edges = {"never": (0, 0), "1 to 3": (1, 3), "4 to 20": (4, 20), "21 to 200": (21, 200)}
+    groups = {name: (counts >= low) & (counts <= high) for name, (low, high) in edges.items()}
+    return {**groups, "more": counts > 200}
