@@ -371,6 +371,20 @@ def train(
     return run
 
 
+def training_step(config: Config, tokens: Tokens) -> Callable[[], None]:
+    """A function that makes a training step (forward, backward, update) whenever it is called, always on
+    the same batch: for timing."""
+    run = Run(config, tokens)
+    windows = torch.from_numpy(tokens.batch(config.seed, 0, config.batch, config.context))
+
+    def step() -> None:
+        next_token_loss(run.model, windows).backward()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+
+    return step
+
+
 def next_token_loss(model: GPT, windows: Tensor) -> Tensor:
     """Mean cross-entropy, in nats per token, of windows [B, T + 1]."""
     logits = model(windows[:, :-1])
