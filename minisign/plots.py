@@ -6,8 +6,9 @@ line has its own dash as well.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,14 @@ CYCLE = ((BLUE, "-"), (RED, "--"), (GREEN, "-."), (PURPLE, ":"), (ORANGE, (0, (5
 def _style(name: str) -> dict[str, Any]:
     color, dash = STYLES.get(name, (GREY, "-"))
     return {"color": color, "linestyle": dash}
+
+
+def _styles(labels: Iterable[str]) -> list[tuple[str, Any]]:
+    """Colour and dash for each label: a variant's own, for others those that no variant here has taken."""
+    labels = list(labels)
+    taken = {STYLES[label][0] for label in labels if label in STYLES}
+    free = itertools.cycle([style for style in CYCLE if style[0] not in taken] or CYCLE)
+    return [STYLES[label] if label in STYLES else next(free) for label in labels]
 
 
 def new_figure(width: float = 7.0, height: float = 4.2, columns: int = 1) -> tuple[Figure, list[Axes]]:
@@ -73,8 +82,7 @@ def curves(
         ax.fill_between(x, low, high, color=(SKY, ORANGE, GREY)[i % 3], alpha=0.4, linewidth=0, label=label)
     for i, (label, (x, y)) in enumerate((theory or {}).items()):
         ax.plot(x, y, color=(BLACK, ORANGE, SKY)[i % 3], linewidth=5, alpha=0.3, label=label, zorder=1)
-    for i, (label, (x, y)) in enumerate(measured.items()):
-        color, dash = STYLES.get(label, CYCLE[i % len(CYCLE)])
+    for (label, (x, y)), (color, dash) in zip(measured.items(), _styles(measured), strict=True):
         ax.plot(x, y, color=color, linestyle=dash, linewidth=1.6, label=label)
     for i, (label, (x, y)) in enumerate((points or {}).items()):
         color = CYCLE[i % len(CYCLE)][0]
@@ -115,8 +123,7 @@ def bars(
     line = 0.14 * (len(shares) + 1)  # inches for a group
     figure, (ax,) = new_figure(height=1.3 + line * len(groups) if horizontal else 4.2)
     width = 0.8 / len(shares)
-    for i, (label, values) in enumerate(shares.items()):
-        color = STYLES.get(label, CYCLE[i % len(CYCLE)])[0]
+    for i, ((label, values), (color, _)) in enumerate(zip(shares.items(), _styles(shares), strict=True)):
         at = np.arange(len(groups)) + width * (i - (len(shares) - 1) / 2)
         hatch = ("", "//", "..", "xx", "--")[i % 5]
         if horizontal:
@@ -133,7 +140,9 @@ def bars(
     return figure
 
 
-def intervals(panels: Mapping[str, Mapping[str, ArrayLike]], title: str) -> Figure:
+def intervals(
+    panels: Mapping[str, Mapping[str, ArrayLike]], title: str, line: float | None = None
+) -> Figure:
     """Runs as dots, with a bar from the lowest to the highest: a panel for each figure, side by side with a
     common list of conditions.
 
@@ -141,6 +150,7 @@ def intervals(panels: Mapping[str, Mapping[str, ArrayLike]], title: str) -> Figu
         panels: by what is measured, the runs [seeds] of each condition; the conditions are those of the
             first panel, and one that another panel has not got stays empty there.
         title: what was run.
+        line: where to draw a vertical line, say at no change.
     """
     names = list(next(iter(panels.values())))
     figure, axes = new_figure(2.0 + 2.6 * len(panels), 1.4 + 0.27 * len(names), columns=len(panels))
@@ -150,6 +160,8 @@ def intervals(panels: Mapping[str, Mapping[str, ArrayLike]], title: str) -> Figu
                 runs = np.asarray(conditions[name])
                 ax.plot([runs.min(), runs.max()], [at, at], color=SKY, linewidth=7, solid_capstyle="butt")
                 ax.plot(runs, [at] * len(runs), ".", color=BLACK, markersize=4)
+        if line is not None:
+            ax.axvline(line, color=GREY, linestyle=":")
         ax.set(xlabel=label, ylim=(len(names) - 0.5, -0.5))  # the first condition on top
         ax.set_yticks(range(len(names)), names if i == 0 else [""] * len(names))
     figure.suptitle(title, fontsize=10)
