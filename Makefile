@@ -3,12 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Two processes with one thread each: sums, and so the notebooks' last digits, do not depend on the cores.
+TWICE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+EXECUTE := OMP_NUM_THREADS=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
+  --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.coalesce_streams=True
 BENCH_READY := $(VENV)/.bench-ready
 
-.PHONY: help setup reproduce test check format lab notebooks bench data clean
+.PHONY: help setup reproduce test check format lab notebooks notebook experiments mutants robust bench data clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## install into .venv
 
@@ -27,8 +31,8 @@ reproduce: $(READY) ## train all variants, print the table, leave pictures in ru
 	$(BIN)/minisign reproduce
 
 test: $(READY) ## all tests, then every notebook
-	$(BIN)/python -m pytest tests
-	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout 300 notebooks
+	$(TWICE) tests
+	$(TWICE) --dist loadfile --nbval --nbval-current-env --nbval-cell-timeout 300 notebooks
 
 check: $(READY) ## format, lint, types
 	$(BIN)/ruff format --check .
@@ -42,8 +46,22 @@ format: $(READY) ## let ruff rewrite the code
 lab: $(READY) ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks
 
-notebooks: $(READY) ## execute the notebooks and save their outputs
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+notebooks: $(READY) ## execute all notebooks and solutions and save their outputs
+	$(EXECUTE) notebooks/*.ipynb notebooks/solutions/*.ipynb
+
+notebook: $(READY) ## execute one and its solutions: make notebook N=04
+	@ls notebooks/$(N)_*.ipynb >/dev/null 2>&1 \
+	  || { echo "N=$(N) is no notebook: make notebook N=04 executes notebooks/04_*.ipynb" >&2; exit 1; }
+	$(EXECUTE) $$(ls notebooks/$(N)_*.ipynb notebooks/solutions/$(N)_*.ipynb 2>/dev/null)
+
+experiments: $(READY) ## make the runs that experiments/logs/ has not got (all of them: an hour and a half)
+	for script in experiments/*.py; do $(BIN)/python $$script || exit 1; done
+
+mutants: $(READY) ## plant bugs, one at a time, and see a test turn red; writes docs/mutants.md
+	$(BIN)/python tests/mutants.py
+
+robust: $(READY) ## every notebook under other threads, processors and seeds; writes docs/robustness.md
+	$(BIN)/python tests/robust.py
 
 bench: $(BENCH_READY) ## speed against other implementations
 	$(BIN)/python benchmarks/optimizer_step.py
