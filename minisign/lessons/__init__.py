@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -48,3 +51,39 @@ class Verdict:
 
 
 RIGHT = Verdict()
+
+Check = TypeVar("Check", bound=Callable[..., Verdict])
+
+
+class Unanswered(Exception):
+    """An answer is missing; the message says how it looks."""
+
+
+def ask(answer: Callable[..., Any], *arguments: Any) -> Any:
+    """What an answer returns.
+
+    Raises:
+        Unanswered: nothing.
+    """
+    value = answer(*arguments)
+    if value is None:
+        raise Unanswered("the function returns nothing")
+    return value
+
+
+def checker(check: Check) -> Check:
+    """Makes a function that judges an answer say so if there is none yet: if the answer is a function that
+    raises a bare ``NotImplementedError``, as the stubs do, or returns nothing where :func:`ask` asks it."""
+
+    @functools.wraps(check)
+    def judge(*answers: Any) -> Verdict:
+        try:
+            return check(*answers)
+        except Unanswered as error:
+            return Verdict(str(error))
+        except NotImplementedError as error:
+            if error.args:  # torch's own, say of an operation for another device
+                raise
+            return Verdict("the function is still empty")
+
+    return cast(Check, judge)

@@ -1,0 +1,307 @@
+"""Plants bugs in a copy of the package, one at a time: the named tests and notebooks must turn red.
+
+    make mutants
+    python tests/mutants.py --only "wrong envelope"
+
+Writes docs/mutants.md if all bugs were planted; exits with 1 if one survives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from outside import NBVAL, ROOT, Outcome, report, run_pytest
+
+TABLE = ROOT / "docs" / "mutants.md"
+PARTS = ("minisign", "tests", "notebooks", "experiments", "data", "pyproject.toml", "README.md")
+OPTIM, THEORY, GPT = "tests/test_optim.py::", "tests/test_theory_and_probes.py::", "tests/test_gpt.py::"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A bug: in ``file``, ``old`` (which is there once) becomes ``new``.
+
+    ``test`` must notice it, and so must ``notebook`` where one is named.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+    notebook: str = ""
+
+
+MUTANTS = (
+    Mutant(
+        "sign(0) = 1",
+        "minisign/optim/lion.py",
+        "    update = m.lerp(g, 1 - beta1).sign_()\n",
+        "    update = m.lerp(g, 1 - beta1).ge(0).to(m.dtype).mul_(2).sub_(1)\n",
+        OPTIM + "test_sign_of_zero_is_zero",
+        "03_embedding_blowup",
+    ),
+    Mutant(
+        "momentum not stored",
+        "minisign/optim/lion.py",
+        "    m.lerp_(g, 1 - beta2)  # before",
+        "    m.lerp(g, 1 - beta2)  # before",
+        OPTIM + "test_momentum_is_written_back",
+        "01_sign_descent",
+    ),
+    Mutant(
+        "β₁ and β₂ swapped",
+        "minisign/optim/lion.py",
+        "    update = m.lerp(g, 1 - beta1).sign_()\n    m.lerp_(g, 1 - beta2)",
+        "    update = m.lerp(g, 1 - beta2).sign_()\n    m.lerp_(g, 1 - beta1)",
+        OPTIM + "test_lion_is_a_published_lion",
+        "01_sign_descent",
+    ),
+    Mutant(
+        "decay coupled to the gradient",
+        "minisign/optim/lion.py",
+        "    update = m.lerp(g, 1 - beta1).sign_()\n",
+        "    g, weight_decay = g + weight_decay * p, 0.0\n    update = m.lerp(g, 1 - beta1).sign_()\n",
+        OPTIM + "test_decay_is_decoupled",
+        "03_embedding_blowup",
+    ),
+    Mutant(
+        "lazy that updates all rows",
+        "minisign/optim/base.py",
+        'rows = take_rows(p) if group["lazy"] == "ids" else nonzero_rows(g)',
+        "rows = torch.arange(len(p))",
+        OPTIM + "test_absent_rows_keep_every_bit",
+        "05_fix_lazy",
+    ),
+    Mutant(
+        "lazy momentum never decays",
+        "minisign/optim/base.py",
+        'if group["lazy_momentum"] == "decay":',
+        'if group["lazy_momentum"] == "never":',
+        OPTIM + "test_two_meanings_of_lazy_differ_in_the_momentum_only",
+        "05_fix_lazy",
+    ),
+    Mutant(
+        "rows that stand twice in a sparse gradient",
+        "minisign/optim/base.py",
+        "            g = g.coalesce()\n            rows, values = g.indices()[0], g.values()\n",
+        "            rows, values = g._indices()[0], g._values()\n",
+        OPTIM + "test_sparse_duplicates_are_added_before_the_sign",
+        "05_fix_lazy",
+    ),
+    Mutant(
+        "rows recorded in evaluation too",
+        "minisign/optim/rows.py",
+        "    if not output.requires_grad:\n        return\n",
+        "",
+        OPTIM + "test_tracked_rows",
+    ),
+    Mutant(
+        "RMS over the wrong axis",
+        "minisign/optim/tiger.py",
+        "dims = tuple(range(1, p.dim())) if by_row else",
+        "dims = (0,) if by_row else",
+        "tests/test_oracle.py::test_all_shapes",
+        "04_why_one_over_lambda",
+    ),
+    Mutant(
+        "momentum decays with every micro-batch",
+        "minisign/optim/tiger.py",
+        'hyper = {**hyper, "keep": 1.0 if state.get("taken") else hyper["keep"]}',
+        'hyper = {**hyper, "keep": hyper["keep"]}',
+        OPTIM + "test_accumulation_is_one_step_on_the_mean",
+    ),
+    Mutant(
+        "micro-batches added up, not averaged",
+        "minisign/optim/tiger.py",
+        'weight=(1 - group["beta"]) / group["accumulate"],',
+        'weight=1 - group["beta"],',
+        OPTIM + "test_accumulation_is_one_step_on_the_mean",
+    ),
+    Mutant(
+        "the constructor's rate instead of the group's",
+        "minisign/optim/tiger.py",
+        'lr, scale = learning_rate(group), group["scale"]',
+        'lr, scale = learning_rate(self.defaults), group["scale"]',
+        OPTIM + "test_the_group_has_the_last_word",
+        "03_embedding_blowup",
+    ),
+    Mutant(
+        "no bias correction",
+        "minisign/optim/adamw.py",
+        "    step_size = lr / (1 - beta1**step)\n",
+        "    step_size = lr\n",
+        OPTIM + "test_adamw_is_torch_adamw_bit_for_bit",
+        "01_sign_descent",
+    ),
+    Mutant(
+        "a tied matrix in two groups",
+        "minisign/optim/groups.py",
+        "if id(parameter) not in seen and parameter.requires_grad:",
+        "if parameter.requires_grad:",
+        OPTIM + "test_a_tied_matrix_goes_once_and_is_an_embedding",
+    ),
+    Mutant(
+        "embeddings with the rest",
+        "minisign/optim/groups.py",
+        '    if _is_embedding(module):\n        return "embedding"\n',
+        "",
+        OPTIM + "test_routing_by_module",
+        "07_fix_hybrid",
+    ),
+    Mutant(
+        "half-swap that swaps nothing",
+        "minisign/gpt.py",
+        "x = torch.cat(x.chunk(2, dim=-1)[::-1], dim=-1)",
+        "x = torch.cat(x.chunk(2, dim=-1), dim=-1)",
+        GPT + "test_tying",
+        "06_fix_tied",
+    ),
+    Mutant(
+        "centring that leaves the mean",
+        "minisign/gpt.py",
+        "        return x - mean\n",
+        "        return x\n",
+        GPT + "test_the_centered_head_sees_no_direction_that_all_tokens_share",
+        "06_fix_tied",
+    ),
+    Mutant(
+        "wrong envelope",
+        "minisign/theory.py",
+        "return np.asarray(limit - (limit - start) * np.cumprod(1 - steps * weight_decay))",
+        "return np.asarray(limit - limit * np.cumprod(1 - steps * weight_decay))",
+        THEORY + "test_envelope_is_attained_by_a_constant_sign",
+        "03_embedding_blowup",
+    ),
+    Mutant(
+        "logistic growth at half the rate",
+        "minisign/theory.py",
+        "grown = np.exp(-np.cumsum(np.asarray(alphas, dtype=np.float64)))",
+        "grown = np.exp(-np.cumsum(np.asarray(alphas, dtype=np.float64)) / 2)",
+        THEORY + "test_logistic_growth_of_a_row_under_tigers_step",
+        "04_why_one_over_lambda",
+    ),
+    Mutant(
+        "the law for κ without its root",
+        "minisign/theory.py",
+        "return math.sqrt(kappa / (1 + kappa))",
+        "return kappa / (1 + kappa)",
+        THEORY + "test_the_stationary_law_where_it_is_a_well_known_one",
+        "04_why_one_over_lambda",
+    ),
+    Mutant(
+        "tokens never seen counted as rare",
+        "minisign/probes/saturation.py",
+        "RARE = (1, 3)",
+        "RARE = (0, 3)",
+        THEORY + "test_saturation_on_a_known_matrix",
+        "00_start_here",
+    ),
+    Mutant(
+        "a repair that loses the signs",
+        "minisign/repair.py",
+        "new = bad * (size /",
+        "new = bad.abs() * (size /",
+        "tests/test_repair_and_finetune.py::test_reset_rows_by_hand",
+    ),
+    Mutant(
+        "fine-tuning from scratch",
+        "minisign/finetune.py",
+        "    tuned.model.load_state_dict(run.model.state_dict())\n",
+        "",
+        "tests/test_repair_and_finetune.py::test_fine_tuning_learns_the_second_language_and_forgets_the_first",
+        "08_fixes_compared",
+    ),
+)
+
+
+def guards(mutant: Mutant) -> list[str]:
+    """The arguments that make pytest run the mutant's test, and those for its notebook."""
+    notebook = f"notebooks/{mutant.notebook}.ipynb"
+    return [mutant.test, *([notebook] if mutant.notebook else [])]
+
+
+def check(guard: str, root: Path) -> Outcome:
+    """Runs a test or a notebook in a tree, up to its first failure."""
+    return run_pytest(root, ["-x", *(NBVAL if guard.endswith(".ipynb") else ()), guard])
+
+
+def plant(mutant: Mutant | None, root: Path) -> None:
+    """Copies the tree to ``root``, with the mutant's bug."""
+    for part in PARTS:
+        if (ROOT / part).is_dir():
+            ignore = shutil.ignore_patterns("__pycache__", ".*")
+            shutil.copytree(ROOT / part, root / part, ignore=ignore)
+        else:
+            shutil.copy(ROOT / part, root / part)
+    if mutant is not None:
+        file = root / mutant.file
+        text = file.read_text()
+        if text.count(mutant.old) != 1:
+            raise ValueError(f"{mutant.name}: {mutant.old!r} is {text.count(mutant.old)} times in {file}")
+        file.write_text(text.replace(mutant.old, mutant.new))
+
+
+def verdicts(mutant: Mutant) -> list[str]:
+    """For each guard, "red" or what happened instead."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        plant(mutant, root)
+        found = []
+        for guard in guards(mutant):
+            outcome = check(guard, root)
+            # Another status is not a failed test but one that could not run.
+            found.append({0: "SURVIVED", 1: "red"}.get(outcome.status, f"STATUS {outcome.status}"))
+        print(f"{mutant.name}: {', '.join(found)}", flush=True)
+        return found
+
+
+def sound(names: list[str]) -> bool:
+    """Whether the guards pass on a tree without a bug, with the package of that tree."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        plant(None, root)
+        which = root / "tests" / "test_which.py"
+        which.write_text(f"import minisign\n\ndef test_which(): assert {folder!r} in minisign.__file__\n")
+        with ThreadPoolExecutor(2) as pool:
+            outcomes = list(pool.map(lambda guard: check(guard, root), [f"tests/{which.name}", *names]))
+    for guard, outcome in zip(["the package's place", *names], outcomes, strict=True):
+        if outcome.status:
+            print(f"{guard} fails without a bug:\n{outcome.output[-2000:]}", file=sys.stderr)
+    return not any(outcome.status for outcome in outcomes)
+
+
+def row(mutant: Mutant, found: list[str]) -> list[str]:
+    """A mutant's line of the table."""
+    named = [
+        f"`{guard.split('/')[-1]}`: {verdict}" for guard, verdict in zip(guards(mutant), found, strict=True)
+    ]
+    return [mutant.name, f"`{mutant.file}`", *named, *[""] * (2 - len(named))]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--only", metavar="NAME", choices=[m.name for m in MUTANTS], help="plant one bug")
+    only = parser.parse_args().only
+    chosen = [mutant for mutant in MUTANTS if only in (None, mutant.name)]
+    if not sound(sorted({guard for mutant in chosen for guard in guards(mutant)})):
+        return 1
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(verdicts, chosen))
+    if only is None:
+        rows = [row(mutant, verdict) for mutant, verdict in zip(chosen, found, strict=True)]
+        columns = ("bug", "in", "test", "notebook")
+        TABLE.write_text(report("Bugs planted, and what turns red", "make mutants", columns, rows))
+    survivors = [m.name for m, verdict in zip(chosen, found, strict=True) if set(verdict) != {"red"}]
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} bugs noticed by all that should", flush=True)
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

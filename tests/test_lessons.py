@@ -1,0 +1,507 @@
+"""The checkers of the exercises: each accepts a right answer and says what is wrong with others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from minisign import lessons, param_groups
+from minisign.lessons import (
+    RIGHT,
+    Verdict,
+    checker,
+    embedding_blowup,
+    fix_hybrid,
+    fix_lazy,
+    fix_tied,
+    fixes_compared,
+    sign_descent,
+    skewed_corpus,
+    why_one_over_lambda,
+)
+
+# --- the notebooks' first cell, and verdicts ------------------------------------------------------
+
+
+def test_start_tells_where_it_runs_and_gives_the_seed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MINISIGN_SEED", raising=False)
+    assert lessons.start() == 0
+    monkeypatch.setenv("MINISIGN_SEED", "7")
+    assert lessons.start() == 7
+    first, second = capsys.readouterr().out.splitlines()
+    assert f"torch {torch.__version__}" in first
+    assert first.endswith("1 thread, seed 0")
+    assert second.endswith("seed 7")
+    for bad in ("-1", "1.5", "", "seven"):
+        monkeypatch.setenv("MINISIGN_SEED", bad)
+        with pytest.raises(ValueError, match=f"MINISIGN_SEED must be a natural number, got '{bad}'"):
+            lessons.start()
+
+
+def test_a_verdict_is_true_if_nothing_is_wrong() -> None:
+    assert RIGHT
+    assert repr(RIGHT) == "Right."
+    assert not Verdict("it is 3")
+    assert repr(Verdict("it is 3")) == "Not yet: it is 3."
+
+
+def test_only_a_bare_not_implemented_error_is_a_missing_answer() -> None:
+    @checker
+    def check(answer: Callable[[], object]) -> Verdict:
+        answer()
+        return RIGHT
+
+    def torchs() -> None:
+        raise NotImplementedError("no such operation on this device")
+
+    with pytest.raises(NotImplementedError, match="no such operation"):
+        check(torchs)
+    assert repr(check(empty)) == "Not yet: the function is still empty."
+
+
+# --- every checker: right answers, and wrong ones with what is said of them -----------------------
+
+
+def empty(*arguments: Any) -> Any:
+    raise NotImplementedError
+
+
+def nothing(*arguments: Any) -> Any:
+    return None
+
+
+def lion(w: Any, g: Any, s: Any) -> None:
+    c = s.beta1 * s.m + (1 - s.beta1) * g
+    w -= s.lr * (torch.sign(c) + s.decay * w)
+    s.m = s.beta2 * s.m + (1 - s.beta2) * g
+
+
+def lion_without_zero(w: Any, g: Any, s: Any) -> None:
+    c = s.beta1 * s.m + (1 - s.beta1) * g
+    w -= s.lr * (torch.where(c > 0, 1.0, -1.0) + s.decay * w)
+    s.m = s.beta2 * s.m + (1 - s.beta2) * g
+
+
+def lion_with_coupled_decay(w: Any, g: Any, s: Any) -> None:
+    g = g + s.decay * w
+    c = s.beta1 * s.m + (1 - s.beta1) * g
+    w -= s.lr * torch.sign(c)
+    s.m = s.beta2 * s.m + (1 - s.beta2) * g
+
+
+def signum(w: Any, g: Any, s: Any) -> None:
+    s.m = s.beta1 * s.m + (1 - s.beta1) * g
+    w -= s.lr * (torch.sign(s.m) + s.decay * w)
+
+
+def tiger(w: Any, g: Any, s: Any) -> None:
+    s.m = s.beta * s.m + (1 - s.beta) * g
+    w -= s.lr * (torch.sign(s.m) + s.decay * w)
+
+
+def tiger_that_forgets(w: Any, g: Any, s: Any) -> None:
+    m = s.beta * s.m + (1 - s.beta) * g
+    w -= s.lr * (torch.sign(m) + s.decay * w)
+
+
+def rare_share(weight: Any, counts: Any, bound: float) -> Any:
+    rare = (counts >= 1) & (counts <= 3)
+    return np.mean(np.abs(weight[rare]) > 0.8 * bound)
+
+
+def lazy_step(w: Any, m: Any, g: Any, rows: Any, lr: float, beta: float, decay: float) -> None:
+    m[rows] = beta * m[rows] + (1 - beta) * g[rows]
+    w[rows] -= lr * (torch.sign(m[rows]) + decay * w[rows])
+
+
+def dense_step(w: Any, m: Any, g: Any, rows: Any, lr: float, beta: float, decay: float) -> None:
+    m.copy_(beta * m + (1 - beta) * g)
+    w -= lr * (torch.sign(m) + decay * w)
+
+
+def lazy_step_that_decays(w: Any, m: Any, g: Any, rows: Any, lr: float, beta: float, decay: float) -> None:
+    m.copy_(beta * m + (1 - beta) * g)
+    w[rows] -= lr * (torch.sign(m[rows]) + decay * w[rows])
+
+
+def sparse_step(w: Any, m: Any, rows: Any, values: Any, lr: float, beta: float) -> None:
+    rows, where = rows.unique(return_inverse=True)
+    g = torch.zeros(len(rows), values.shape[1], dtype=values.dtype).index_add_(0, where, values)
+    m[rows] = beta * m[rows] + (1 - beta) * g
+    w[rows] -= lr * torch.sign(m[rows])
+
+
+def last_one_wins(w: Any, m: Any, rows: Any, values: Any, lr: float, beta: float) -> None:
+    m[rows] = beta * m[rows] + (1 - beta) * values
+    w[rows] -= lr * torch.sign(m[rows])
+
+
+def load_tied(model: Any, checkpoint: Any) -> None:
+    model.embedding.weight = nn.Parameter(checkpoint["embedding.weight"].clone())
+    model.head.weight = model.embedding.weight
+
+
+def load_untied(model: Any, checkpoint: Any) -> None:
+    model.embedding.weight = nn.Parameter(checkpoint["embedding.weight"].clone())
+    model.head.weight = nn.Parameter(checkpoint["embedding.weight"].clone())
+
+
+def load_shared(model: Any, checkpoint: Any) -> None:
+    model.embedding.weight = nn.Parameter(checkpoint["embedding.weight"])
+    model.head.weight = model.embedding.weight
+
+
+def split(model: nn.Module) -> Any:
+    embeddings = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    return list(embeddings.values()), [p for p in model.parameters() if id(p) not in embeddings]
+
+
+def split_by_name(model: nn.Module) -> Any:
+    named = list(model.named_parameters())
+    return [p for n, p in named if "emb" in n], [p for n, p in named if "emb" not in n]
+
+
+def split_with_the_head(model: Any) -> Any:
+    embeddings, rest = split(model)
+    return embeddings, [*rest, *([model.head.weight] if hasattr(model, "head") else [])]
+
+
+def decay_groups(model: nn.Module, decay: float) -> Any:
+    spared = {"norm": {"weight_decay": 0.0}, "bias": {"weight_decay": 0.0}}
+    return [{"weight_decay": decay, **group} for group in param_groups(model, **spared)]
+
+
+def decay_groups_by_name(model: nn.Module, decay: float) -> Any:
+    spared = [p for n, p in model.named_parameters() if "norm" in n or "bias" in n]
+    rest = [p for n, p in model.named_parameters() if not ("norm" in n or "bias" in n)]
+    return [{"params": rest, "weight_decay": decay}, {"params": spared, "weight_decay": 0.0}]
+
+
+def rescale(weight: Any, rows: Any) -> None:
+    rms = weight.square().mean(1).sqrt()
+    weight[rows] *= (rms[~rows].median() / rms[rows])[:, None]
+
+
+def rescale_to_the_mean(weight: Any, rows: Any) -> None:
+    rms = weight.square().mean(1).sqrt()
+    weight[rows] *= (rms[~rows].mean() / rms[rows])[:, None]
+
+
+def rescale_all(weight: Any, rows: Any) -> None:
+    weight /= weight.square().mean(1, keepdim=True).sqrt()
+
+
+def set_rates(optimizer: Any, lr: float, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+
+
+def one_rate_for_all(optimizer: Any, lr: float, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * factor
+
+
+def rate_on_rate(optimizer: Any, lr: float, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] *= factor
+
+
+def paired(a: Any, b: Any) -> Any:
+    return (b - a).mean(), (b - a).std(ddof=1) / math.sqrt(len(a))
+
+
+def unpaired(a: Any, b: Any) -> Any:
+    return (b - a).mean(), math.hypot(a.std(ddof=1), b.std(ddof=1)) / math.sqrt(len(a))
+
+
+def pack_in_two(ids: Any) -> bytes:
+    return np.array(ids).astype(np.uint16).tobytes()
+
+
+def pack(ids: Any) -> bytes:
+    return np.array(ids).astype(np.uint32).tobytes()
+
+
+def pack_in_eight(ids: Any) -> bytes:
+    return np.array(ids).astype(np.uint64).tobytes()
+
+
+def unpack(data: bytes) -> Any:
+    return np.frombuffer(data, dtype=np.uint32)
+
+
+def absent_gradient(hidden: Any, logits: Any, absent: int) -> Any:
+    return (logits.softmax(-1)[:, absent, None] * hidden).mean(0)
+
+
+def traffic(rows: int, touched: int, width: int) -> Any:
+    return 20 * rows * width, 20 * touched * width
+
+
+# By checker: a right answer, and wrong ones, each with a part of what is said of it.
+CASES: dict[Callable[..., Verdict], tuple[tuple[Any, ...], list[tuple[tuple[Any, ...], str]]]] = {
+    sign_descent.check_steps: (
+        (lambda distance, lr: math.ceil(distance / lr),),
+        [
+            (
+                (lambda distance, lr: distance * lr,),
+                "with lr = 0.1 it takes 9 steps",
+            ),
+            ((lambda distance, lr: distance,), "steps, the answer is 1.0"),
+            ((empty,), "still empty"),
+            ((nothing,), "returns nothing"),
+        ],
+    ),
+    sign_descent.check_adam_options: (
+        ({"betas": (0.0, 0.0), "eps": 1e-30},),
+        [
+            (({},), "no options are given yet"),
+            (({"betas": (0.0, 0.0), "eps": 0.1},), "AdamW is 0."),
+            (({"betas": (0.9, 0.999)},), "away from signSGD"),
+            (({"betas": (0.0, 1.0)},), "AdamW does not take them: Invalid beta"),
+            (({"beta": 0.0},), "AdamW does not take them"),
+        ],
+    ),
+    sign_descent.check_lion_step: (
+        (lion,),
+        [
+            ((lion_without_zero,), "was never anything but 0 has moved by 0.01"),
+            ((lion_with_coupled_decay,), "away from Lion"),
+            ((signum,), "away from Lion"),
+        ],
+    ),
+    sign_descent.check_signum_betas: (
+        (lambda beta: (beta, beta),),
+        [
+            ((lambda beta: (0.0, beta),), "for β = 0.5, Lion with betas (0.0, 0.5) goes elsewhere"),
+            ((lambda beta: (beta, 1 + beta),), "for β = 0.0, Lion does not take (0.0, 1.0)"),
+            ((empty,), "still empty"),
+            ((nothing,), "returns nothing"),
+        ],
+    ),
+    skewed_corpus.check_gap: (
+        (lambda share, draws: 1 / (1 - (1 - share) ** draws),),
+        [
+            ((lambda share, draws: 1 / (share * draws),), "in one of 1.535 batches of 10 tokens"),
+            ((empty,), "still empty"),
+        ],
+    ),
+    skewed_corpus.check_never: (
+        (lambda shares, draws: np.sum((1 - shares) ** draws),),
+        [
+            ((lambda shares, draws: np.sum(shares * draws),), "of 3 tokens"),
+            ((lambda shares, draws: np.mean((1 - shares) ** draws),), "of 2 tokens 1 are expected"),
+            ((empty,), "still empty"),
+        ],
+    ),
+    skewed_corpus.check_packing: (
+        (pack, unpack),
+        [
+            (
+                (pack_in_two, lambda data: np.frombuffer(data, np.uint16)),
+                "a vocabulary of 65537 tokens",
+            ),
+            ((pack_in_eight, lambda data: np.frombuffer(data, np.uint64)), "4 tokens take 32 bytes"),
+            ((lambda ids: np.array(ids).astype(">u4").tobytes(), unpack), "256 tokens"),
+            ((bytes, list), "with a vocabulary of 50257 tokens"),
+            ((empty, unpack), "still empty"),
+            ((nothing, unpack), "returns nothing"),
+        ],
+    ),
+    embedding_blowup.check_share: (
+        (rare_share,),
+        [
+            (
+                (lambda w, c, b: np.mean(np.abs(w[c <= 3]) > 0.8 * b),),
+                "a small matrix, the share is 0.500",
+            ),
+            ((lambda w, c, b: np.mean(np.abs(w[(c >= 1) & (c <= 3)]) > 80),), "with another bound"),
+            ((lambda w, c, b: np.mean(w[(c >= 1) & (c <= 3)] > 0.8 * b),), "of a small matrix"),
+            ((lambda w, c, b: 0.5,), "with other counts, the share is 0.667"),
+            ((empty,), "still empty"),
+        ],
+    ),
+    embedding_blowup.check_sound: (
+        (lambda weight, decay: bool((weight.abs() * decay).max() < 0.8),),
+        [
+            ((lambda weight, decay: True,), "one row of 500 at ±99 with λ = 0.01: that is not sound"),
+            ((lambda weight, decay: weight.max() < 0.8 / decay,), "a single entry of −9.7"),
+            ((lambda weight, decay: weight.abs().max() < 50,), "a single entry of −9.7"),
+            ((lambda weight, decay: weight.abs().max() < 0.8 / decay,), "it divides by zero"),
+            ((lambda weight, decay: False,), "entries around 1 with λ = 0.01: that is sound"),
+            ((nothing,), "returns nothing"),
+        ],
+    ),
+    embedding_blowup.check_tiger_step: ((tiger,), [((tiger_that_forgets,), "away from Tiger")]),
+    why_one_over_lambda.check_steps: (
+        (lambda share, eta, decay: math.log(1 - share) / math.log(1 - eta * decay),),
+        [
+            ((lambda share, eta, decay: share / eta / decay,), "it takes 69 steps to 50% of the bound"),
+            ((lambda share, eta, decay: -math.log(1 - share) / eta,), "steps to 50% of the bound"),
+            ((empty,), "still empty"),
+        ],
+    ),
+    why_one_over_lambda.check_decay: (
+        (lambda eta, gap: 1 / (2 * eta * gap),),
+        [
+            ((lambda eta, gap: 1 / (eta * gap),), "make κ = 1, bimodal: too large"),
+            ((lambda eta, gap: 1 / (4 * eta * gap),), "make κ = 0.25, not yet at the threshold"),
+            ((empty,), "still empty"),
+        ],
+    ),
+    why_one_over_lambda.check_lion_step: (
+        (lion,),
+        [
+            ((lion_with_coupled_decay,), "with λ = 0.5 it is"),
+            ((signum,), "without weight decay it is no longer Lion"),
+        ],
+    ),
+    fix_lazy.check_lazy_step: (
+        (lazy_step,),
+        [
+            ((dense_step,), "row 5, whose token never appears, has moved"),
+            ((lazy_step_that_decays,), "is not where lazy Tiger has it"),
+            ((empty,), "still empty"),
+        ],
+    ),
+    fix_lazy.check_sparse_step: ((sparse_step,), [((last_one_wins,), "with the rows [")]),
+    fix_lazy.check_traffic: (
+        (traffic,),
+        [
+            (
+                (lambda rows, touched, width: (12 * rows * width, 12 * touched * width),),
+                "768,000,000 bytes",
+            ),
+            ((lambda rows, touched, width: (20 * rows * width, 20 * rows * width),), "or 7,680,000;"),
+            ((empty,), "still empty"),
+            ((nothing,), "returns nothing"),
+        ],
+    ),
+    fix_tied.check_half_swap: (
+        (lambda h: torch.cat(h.chunk(2, dim=-1)[::-1], dim=-1),),
+        [
+            ((lambda h: h,), "of [0.0, 1.0, 2.0, 3.0, 4.0, 5.0] it makes [0.0, 1.0"),
+            ((lambda h: h.flip(-1),), "it makes [5.0, 4.0"),
+            ((lambda h: torch.cat(h.chunk(2)[::-1]),), "of [72.0"),
+            ((lambda h: h[..., ::2],), "of a tensor [6] it makes one of shape [3]"),
+            ((empty,), "still empty"),
+        ],
+    ),
+    fix_tied.check_absent_gradient: (
+        (absent_gradient,),
+        [
+            ((lambda h, z, v: h.mean(0),), "autograd has another gradient for row 3"),
+            ((lambda h, z, v: -absent_gradient(h, z, v),), "autograd has another gradient for row 3"),
+            ((lambda h, z, v: h,), "the gradient has shape [4], not [7, 4]"),
+            ((empty,), "still empty"),
+        ],
+    ),
+    fix_tied.check_load_tied: (
+        (load_tied,),
+        [
+            ((load_untied,), "after one step of training the embedding and the output matrix differ"),
+            ((load_shared,), "training the model would change the checkpoint too"),
+            ((lambda model, checkpoint: None,), "the embedding is not that of the checkpoint"),
+        ],
+    ),
+    fix_hybrid.check_split: (
+        (split,),
+        [
+            ((split_by_name,), "a GPT: position.weight is with the rest"),
+            ((split_with_the_head,), "head.weight is in the answer 2 times"),
+            ((lambda model: ([], []),), "a GPT: embedding.weight is in the answer 0 times"),
+            (
+                (lambda model: split(model)[::-1],),
+                "a GPT: embedding.weight is with the rest",
+            ),
+            ((empty,), "still empty"),
+            ((nothing,), "returns nothing"),
+        ],
+    ),
+    fix_hybrid.check_isolated_move: (
+        (lambda lr, b1, b2: lr * (1 - b1) / (1 - b2) ** 0.5 / (1 - b1 / b2**0.5),),
+        [
+            (
+                (lambda lr, b1, b2: lr,),
+                "β₂ = 0.999 it is 31.77, the answer is 1",
+            ),
+            ((lambda lr, b1, b2: 31.77 * lr,), "β₂ = 0.95 it is"),
+            ((empty,), "still empty"),
+        ],
+    ),
+    fix_hybrid.check_decay_groups: (
+        (decay_groups,),
+        [
+            ((decay_groups_by_name,), "`embed_proj`: ln_f.weight (norm) decays at 0.1"),
+            (
+                (lambda m, d: [{"params": list(m.parameters())}],),
+                "a GPT: embedding.weight (embedding) decays",
+            ),
+            ((lambda m, d: decay_groups(m, d)[:-1],), "is in no group"),
+            ((lambda m, d: decay_groups(m, d) * 2,), "an optimizer does not take these groups"),
+        ],
+    ),
+    fixes_compared.check_paired: (
+        (paired,),
+        [
+            ((unpaired,), "is the error for runs that have nothing to do with each other"),
+            ((lambda a, b: (paired(a, b)[0], (b - a).std(ddof=1)),), "of 3 runs the standard error is"),
+            ((lambda a, b: paired(b, a),), "the mean of b − a is"),
+            ((empty,), "still empty"),
+        ],
+    ),
+    fixes_compared.check_rescale: (
+        (rescale,),
+        [
+            ((rescale_to_the_mean,), "where the healthy rows' median is"),
+            ((rescale_all,), "a healthy row has changed"),
+            ((lambda w, rows: w[rows].zero_(),), "where the healthy rows' median is"),
+            ((lambda w, rows: w.masked_fill_(rows[:, None], 1.0),), "a row has lost its pattern of signs"),
+            ((empty,), "still empty"),
+        ],
+    ),
+    fixes_compared.check_set_rates: (
+        (set_rates,),
+        [
+            ((one_rate_for_all,), "at step 0, with a factor of 0.1, AdamW's group has a rate of 0.0016"),
+            ((rate_on_rate,), "at step 1, with a factor of 0.5, AdamW's group"),
+            ((lambda optimizer, lr, factor: None,), "has a rate of 0.003"),
+        ],
+    ),
+}
+
+
+def wrong() -> Iterator[Any]:
+    """Each wrong answer with its checker and what is said of it."""
+    for check, (_, answers) in CASES.items():
+        for i, (answer, said) in enumerate(answers):
+            yield pytest.param(check, answer, said, id=f"{check.__module__[17:]}.{check.__name__}-{i}")
+
+
+@pytest.mark.parametrize("check", CASES, ids=lambda c: f"{c.__module__[17:]}.{c.__name__}")
+def test_right_answers_are_accepted(check: Callable[..., Verdict]) -> None:
+    verdict = check(*CASES[check][0])
+    assert verdict, repr(verdict)
+
+
+@pytest.mark.parametrize(("check", "answer", "said"), list(wrong()))
+def test_wrong_answers_are_turned_down(
+    check: Callable[..., Verdict], answer: tuple[Any, ...], said: str
+) -> None:
+    verdict = check(*answer)
+    assert not verdict
+    assert said in repr(verdict)
+
+
+def test_every_checker_is_here() -> None:
+    modules = {check.__module__: vars(__import__(check.__module__, fromlist=["x"])) for check in CASES}
+    named = {f"{m}.{name}" for m, names in modules.items() for name in names if name.startswith("check_")}
+    assert named == {f"{check.__module__}.{check.__name__}" for check in CASES}
