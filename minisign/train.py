@@ -371,16 +371,18 @@ def train(
     return run
 
 
-def training_step(config: Config, tokens: Tokens) -> Callable[[], None]:
+def training_step(config: Config, tokens: Tokens) -> Callable[[], Tensor]:
     """A function that makes a training step (forward, backward, update) whenever it is called, always on
-    the same batch: for timing."""
+    the same batch, and returns the loss before it: for timing."""
     run = Run(config, tokens)
     windows = torch.from_numpy(tokens.batch(config.seed, 0, config.batch, config.context))
 
-    def step() -> None:
-        next_token_loss(run.model, windows).backward()
+    def step() -> Tensor:
+        loss = next_token_loss(run.model, windows)
+        loss.backward()
         run.optimizer.step()
         run.optimizer.zero_grad()
+        return loss.detach()
 
     return step
 

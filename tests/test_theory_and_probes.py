@@ -18,6 +18,7 @@ from minisign.gpt import GPT, GPTConfig
 from minisign.probes import (
     common_mode,
     extremes,
+    frequency_groups,
     largest_entries,
     longest_silence,
     loss_by_group,
@@ -302,6 +303,14 @@ def test_gaps_and_silences() -> None:
     seen = np.array([[0, 1, 1, 0], [1, 0, 1, 0], [0, 0, 1, 0], [0, 1, 1, 0], [1, 0, 1, 0]], dtype=bool)
     assert mean_gaps(seen).tolist() == [2.5, 2.5, 1.0, math.inf]
     assert longest_silence(seen).tolist() == [2, 2, 0, 0]  # what comes before the first is no silence
+
+
+def test_frequency_groups_hold_each_token_once() -> None:
+    counts = np.array([0, 1, 3, 4, 20, 21, 200, 201, 10**9])
+    groups = frequency_groups(counts)
+    found = {name: counts[members].tolist() for name, members in groups.items()}
+    assert list(found.values()) == [[0], [1, 3], [4, 20], [21, 200], [201, 10**9]]
+    assert list(found) == ["never", "1 to 3", "4 to 20", "21 to 200", "more"]
 
 
 class Guess(nn.Module):

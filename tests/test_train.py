@@ -25,6 +25,7 @@ from minisign.train import (
     load_tokens,
     pick_device,
     train,
+    training_step,
     validation_loss,
     write_whole,
 )
@@ -139,6 +140,15 @@ def test_training_learns_and_measures() -> None:
     assert len(run.losses) == 320
     assert validation_loss(run) < before - 1
     assert run.train_loss == pytest.approx(np.mean(run.losses[-100:]))
+
+
+def test_a_training_step_for_timing_is_that_of_a_run() -> None:
+    config = small(warmup=0)
+    tokens = load_tokens(config)
+    step, run = training_step(config, tokens), Run(config, tokens)
+    losses = [step().item() for _ in range(40)]
+    assert losses[0] == pytest.approx(train(run, stop=lambda: run.step == 1).losses[0])
+    assert losses[-1] < losses[0] - 0.1  # the same batch again and again
 
 
 def test_rate() -> None:
