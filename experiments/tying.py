@@ -33,6 +33,10 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "8192 tokens": {"vocab_size": 8192},
     "tensor RMS": {"embedding_scale": "rms"},
     "3600 steps, tensor RMS": {"steps": 3600, "embedding_scale": "rms"},
+    "batch 4, centered": {"batch": 4, "head": "centered"},
+    "batch 64, centered": {"batch": 64, "head": "centered"},
+    "1024 tokens, centered": {"vocab_size": 1024, "head": "centered"},
+    "8192 tokens, centered": {"vocab_size": 8192, "head": "centered"},
 }
 JOBS = [
     Job(
