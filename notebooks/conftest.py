@@ -1,13 +1,25 @@
-"""How long each notebook took, as a table at the end of a run of nbval."""
+"""How long each notebook took, as a table at the end of a run of nbval; and kernels that start in turn."""
 
 from __future__ import annotations
 
+import os
+import tempfile
+from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 LIMIT = 75  # seconds that a notebook may take on two quiet cores
 _times = pytest.StashKey[dict[str, tuple[float, float]]]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Generator[None, None, None]:
+    """A kernel looks for free ports before it takes them, so of two that start at once one may die."""
+    with FileLock(Path(tempfile.gettempdir()) / f"minisign-kernels-{getattr(os, 'getuid', int)()}.lock"):
+        return (yield)
 
 
 def pytest_configure(config: pytest.Config) -> None:
