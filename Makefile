@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # Two processes with one thread each: sums, and so the notebooks' last digits, do not depend on the cores.
 TWICE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 EXECUTE := OMP_NUM_THREADS=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
-  --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.coalesce_streams=True
+  --ExecutePreprocessor.record_timing=False
 BENCH_READY := $(VENV)/.bench-ready
 
 .PHONY: help setup reproduce test check format lab notebooks notebook experiments mutants robust bench data clean

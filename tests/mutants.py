@@ -19,6 +19,7 @@ from pathlib import Path
 from outside import NBVAL, ROOT, Outcome, report, run_pytest
 
 TABLE = ROOT / "docs" / "mutants.md"
+TEXT = "Each bug is planted alone in a copy of the tree, in which the tests passed before."
 PARTS = ("minisign", "tests", "notebooks", "experiments", "data", "pyproject.toml", "README.md")
 OPTIM, THEORY, GPT = "tests/test_optim.py::", "tests/test_theory_and_probes.py::", "tests/test_gpt.py::"
 
@@ -297,7 +298,7 @@ def main() -> int:
     if only is None:
         rows = [row(mutant, verdict) for mutant, verdict in zip(chosen, found, strict=True)]
         columns = ("bug", "in", "test", "notebook")
-        TABLE.write_text(report("Bugs planted, and what turns red", "make mutants", columns, rows))
+        TABLE.write_text(report("Bugs planted, and what turns red", "make mutants", TEXT, columns, rows))
     survivors = [m.name for m, verdict in zip(chosen, found, strict=True) if set(verdict) != {"red"}]
     print(f"{len(chosen) - len(survivors)} of {len(chosen)} bugs noticed by all that should", flush=True)
     return 1 if survivors else 0

@@ -34,8 +34,10 @@ def run_pytest(root: Path, arguments: Sequence[str], **environment: str) -> Outc
     return Outcome(done.returncode, time.perf_counter() - start, done.stdout + done.stderr)
 
 
-def report(title: str, command: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A page of Markdown: which command made it, on what, and a table."""
+def report(
+    title: str, command: str, text: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
+) -> str:
+    """A page of Markdown: which command made it, on what, what it shows, and a table."""
     here = about()
     versions, machine = here["versions"], here["machine"]
     lines = [
@@ -43,6 +45,8 @@ def report(title: str, command: str, columns: Sequence[str], rows: Sequence[Sequ
         "",
         f"Written by `{command}` with Python {versions['python']} and torch {versions['torch']}, "
         f"on {machine['processor']} ({machine['vectors']}).",
+        "",
+        text,
         "",
         f"| {' | '.join(columns)} |",
         f"|{'---|' * len(columns)}",

@@ -29,7 +29,7 @@ def test_the_committed_table_is_of_these_bugs_and_none_survived() -> None:
     for mutant in MUTANTS:
         expected = " | ".join(row(mutant, ["red"] * len(guards(mutant))))
         assert f"| {expected} |" in lines
-    assert len(lines) == 6 + len(MUTANTS)
+    assert len(lines) == 8 + len(MUTANTS)
 
 
 def test_planting_changes_the_copy_alone(tmp_path: Path) -> None:
