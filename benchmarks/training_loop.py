@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from minisign.probes import extremes, take_turns
+from minisign.probes import extremes, ratios, take_turns
 from minisign.tokenizer import Tokens
 from minisign.train import Config, Run, build_model, build_optimizer, load_tokens, train
 
@@ -57,7 +57,7 @@ def main() -> int:
         loops = {"ours": ours(config, tokens), "plain": plain(config, tokens)}
         took = take_turns({name: partial(next, loop) for name, loop in loops.items()}, config.steps // TURN)
         # The first turn makes the optimizer's state.
-        ratio = float(np.median(took["plain"][1:] / took["ours"][1:]))
+        ratio = ratios(took, to="ours")["plain"]
         rate = TURN * config.batch * config.context / float(np.median(took["ours"][1:]))
         print(f"{optimizer:6} throughput, minisign.train / plain loop: {ratio:.3f}; {rate:,.0f} tokens/s")
         failed |= ratio < BAR

@@ -181,3 +181,24 @@ def band(values: np.ndarray, margin: float = 2.0) -> tuple[float, float]:
     margin, and one in five hundred with it."""
     low, high = float(np.min(values)), float(np.max(values))
     return low - margin * (high - low), high + margin * (high - low)
+
+
+def in_band(lines: Sequence[dict[str, Any]], label: str, name: str, value: float) -> bool:
+    """Whether a run's figure is in the :func:`band` of that figure over a condition's logged runs.
+
+    Raises:
+        ValueError: no run of that label.
+    """
+    low, high = band(figures(lines, label, name))
+    return low <= value <= high
+
+
+def saturated(lines: Sequence[dict[str, Any]], label: str) -> np.ndarray:
+    """Share of entries beyond 0.8/λ among tokens never seen or among those seen 1 to 3 times, whichever is
+    larger, of all runs of a condition [runs].
+
+    Raises:
+        ValueError: no run of that label.
+    """
+    unseen, rare = (figures(lines, label, f"{group}_saturated") for group in ("unseen", "rare"))
+    return np.maximum(unseen, rare)

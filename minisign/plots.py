@@ -33,11 +33,6 @@ STYLES = {
 CYCLE = ((BLUE, "-"), (RED, "--"), (GREEN, "-."), (PURPLE, ":"), (ORANGE, (0, (5, 1))))
 
 
-def _style(name: str) -> dict[str, Any]:
-    color, dash = STYLES.get(name, (GREY, "-"))
-    return {"color": color, "linestyle": dash}
-
-
 def _styles(labels: Iterable[str]) -> list[tuple[str, Any]]:
     """Colour and dash for each label: a variant's own, for others those that no variant here has taken."""
     labels = list(labels)
@@ -181,8 +176,8 @@ def growth(
         title: what was run.
     """
     figure, (ax,) = new_figure()
-    for name, (steps, share) in curves.items():
-        ax.plot(steps, share, label=name, linewidth=1.8, **_style(name))
+    for (name, (steps, share)), (color, dash) in zip(curves.items(), _styles(curves), strict=True):
+        ax.plot(steps, share, label=name, linewidth=1.8, color=color, linestyle=dash)
     for label, (steps, share) in theory.items():
         ax.plot(steps, share, color=BLACK, linewidth=3.5, alpha=0.25, label=label, zorder=1)
     ax.axhline(1.0, color=GREY, linewidth=0.8)
@@ -232,8 +227,7 @@ def rows_by_frequency(rows: Mapping[str, tuple[ArrayLike, ArrayLike]], title: st
     figure, panels = _small_multiples(
         list(rows), title, "times seen in training + ½", "row RMS / bound (1/λ)"
     )
-    for ax, (name, (counts, sizes)) in zip(panels, rows.items(), strict=True):
-        color, _ = STYLES.get(name, (GREY, "-"))
+    for ax, (counts, sizes), (color, _) in zip(panels, rows.values(), _styles(rows), strict=True):
         ax.scatter(np.asarray(counts) + 0.5, sizes, s=3, color=color, alpha=0.35, linewidths=0)
         ax.axhline(1.0, color=GREY, linewidth=0.8)
         ax.set(xscale="log", yscale="log")

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from outside import NBVAL, ROOT, Outcome, report, run_pytest
+from outside import NBVAL, ROOT, report, run_pytest
 
 TABLE = ROOT / "docs" / "mutants.md"
 TEXT = "Each bug is planted alone in a copy of the tree, in which the tests passed before."
@@ -198,7 +199,7 @@ MUTANTS = (
     ),
     Mutant(
         "tokens never seen counted as rare",
-        "minisign/probes/saturation.py",
+        "minisign/probes/frequency.py",
         "RARE = (1, 3)",
         "RARE = (0, 3)",
         THEORY + "test_saturation_on_a_known_matrix",
@@ -228,9 +229,9 @@ def guards(mutant: Mutant) -> list[str]:
     return [mutant.test, *([notebook] if mutant.notebook else [])]
 
 
-def check(guard: str, root: Path) -> Outcome:
+def check(guard: str, root: Path) -> subprocess.CompletedProcess[str]:
     """Runs a test or a notebook in a tree, up to its first failure."""
-    return run_pytest(root, ["-x", *(NBVAL if guard.endswith(".ipynb") else ()), guard])
+    return run_pytest(root, ["-x", *(("--nbval", *NBVAL) if guard.endswith(".ipynb") else ()), guard])
 
 
 def plant(mutant: Mutant | None, root: Path) -> None:
@@ -258,7 +259,7 @@ def verdicts(mutant: Mutant) -> list[str]:
         for guard in guards(mutant):
             outcome = check(guard, root)
             # Another status is not a failed test but one that could not run.
-            found.append({0: "SURVIVED", 1: "red"}.get(outcome.status, f"STATUS {outcome.status}"))
+            found.append({0: "SURVIVED", 1: "red"}.get(outcome.returncode, f"STATUS {outcome.returncode}"))
         print(f"{mutant.name}: {', '.join(found)}", flush=True)
         return found
 
@@ -273,9 +274,9 @@ def sound(names: list[str]) -> bool:
         with ThreadPoolExecutor(2) as pool:
             outcomes = list(pool.map(lambda guard: check(guard, root), [f"tests/{which.name}", *names]))
     for guard, outcome in zip(["the package's place", *names], outcomes, strict=True):
-        if outcome.status:
-            print(f"{guard} fails without a bug:\n{outcome.output[-2000:]}", file=sys.stderr)
-    return not any(outcome.status for outcome in outcomes)
+        if outcome.returncode:
+            print(f"{guard} fails without a bug:\n{outcome.stdout[-2000:]}", file=sys.stderr)
+    return not any(outcome.returncode for outcome in outcomes)
 
 
 def row(mutant: Mutant, found: list[str]) -> list[str]:

@@ -118,7 +118,7 @@ def _of_figures(cells: list[Cell]) -> list[str]:
 
 def _of_exercises(cells: list[Cell], name: str) -> list[str]:
     """Two to four, one of them to find a bug, each with a stub that its checker turns down."""
-    headings = [m for cell in cells if cell.cell_type == "markdown" for m in EXERCISE.findall(cell.source)]
+    headings = _headings(cells)
     if name.startswith("00_"):
         return ["the first notebook has exercises"] if headings else []
     found = []
@@ -144,7 +144,10 @@ def _of_solutions(cells: list[Cell]) -> list[str]:
 
 def exercises(path: Path) -> list[tuple[str, str]]:
     """Number and title of each exercise."""
-    cells = nbformat.read(path, as_version=4).cells
+    return _headings(nbformat.read(path, as_version=4).cells)
+
+
+def _headings(cells: list[Cell]) -> list[tuple[str, str]]:
     return [m for cell in cells if cell.cell_type == "markdown" for m in EXERCISE.findall(cell.source)]
 
 

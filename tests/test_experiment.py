@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from minisign import experiment
-from minisign.experiment import Figures, Job, band, figures, main, read_log
+from minisign.experiment import Figures, Job, band, figures, in_band, main, read_log, saturated
 from minisign.reproduce import VARIANTS, lesson_config, settled_config, variant_config
 from minisign.train import Config
 
@@ -195,6 +195,23 @@ def test_band_is_the_range_and_room_on_either_side() -> None:
     values = np.array([3.0, 1.0, 2.0])
     assert band(values) == (-3.0, 7.0)
     assert band(values, margin=0.5) == (0.0, 4.0)
+
+
+def test_a_figure_is_held_against_the_band_of_its_condition() -> None:
+    log = [{"job": {"label": "a"}, "figures": {"loss": {"rare": x}}} for x in (1.0, 2.0, 3.0)]
+    log.append({"job": {"label": "b"}, "figures": {"loss": {"rare": 100.0}}})
+    expected = {-3.1: False, -3.0: True, 7.0: True, 7.1: False}
+    assert {x: in_band(log, "a", "loss/rare", x) for x in expected} == expected
+    assert not in_band(log, "a", "loss/rare", float("nan"))
+
+
+def test_saturated_is_the_larger_of_unseen_and_rare_run_by_run() -> None:
+    shares = [(0.1, 0.3), (0.5, 0.2)]
+    log = [
+        {"job": {"label": "a"}, "figures": {"unseen_saturated": unseen, "rare_saturated": rare}}
+        for unseen, rare in shares
+    ]
+    assert saturated(log, "a").tolist() == [0.3, 0.5]
 
 
 @pytest.mark.parametrize(("margin", "share"), [(0.0, 2 / 7), (2.0, 1 / 500)])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mutants import MUTANTS
 
-from minisign.experiment import figures, read_log
+from minisign.experiment import figures, read_log, saturated
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 FIXES = {
@@ -31,7 +31,7 @@ def test_table_of_fixes(name: str) -> None:
         return figures(log, f"{size}: {label}", figure)
 
     def near(size: str) -> str:
-        share = np.maximum(runs(size, "rare_saturated"), runs(size, "unseen_saturated"))
+        share = saturated(log, f"{size}: {label}")
         percent = f"{share.mean():.0%}".replace("%", " %") if share.mean() > 0.001 else "< 0.1 %"
         return percent if share.max() > 0 else "0"
 
@@ -62,8 +62,7 @@ def test_figures_of_the_centered_head() -> None:
     share: dict[bool, list[float]] = {True: [], False: []}
     for label in {line["job"]["label"] for line in log}:
         if re.match(r"(tied|half_swap), base", label):
-            groups = [figures(log, label, f"{group}_saturated") for group in ("rare", "unseen")]
-            share["centered" in label] += np.maximum(*groups).tolist()
+            share["centered" in label] += saturated(log, label).tolist()
     text = " ".join(README.split())
     assert f"at most {max(share[True]):.0%} come near the bound".replace("%", " %") in text
     assert f"without, at least {min(share[False]):.0%} in the base form".replace("%", " %") in text

@@ -24,6 +24,7 @@ from minisign.probes import (
     loss_by_group,
     mean_gaps,
     rank_frequency,
+    ratios,
     row_rms,
     saturated_rows,
     saturation,
@@ -374,3 +375,9 @@ def test_actions_take_turns() -> None:
     assert seconds["slow"].min() >= 0.02
     assert np.median(seconds["fast"]) < 0.02
     assert random.getstate() == state
+
+
+def test_ratios_compare_within_a_turn_and_leave_out_the_first() -> None:
+    seconds = {"a": np.array([9.0, 1.0, 2.0, 10.0]), "b": np.array([1.0, 2.0, 4.0, 5.0])}
+    assert ratios(seconds, to="a") == {"a": 1.0, "b": 2.0}
+    assert ratios(seconds, to="b", skip=2) == {"a": 1.25, "b": 1.0}

@@ -2,9 +2,11 @@
 
 from minisign.probes.frequency import (
     frequency_groups,
+    frequent_tokens,
     longest_silence,
     mean_gaps,
     rank_frequency,
+    rare_tokens,
     zipf_exponent,
 )
 from minisign.probes.losses import loss_by_group, token_losses
@@ -14,15 +16,13 @@ from minisign.probes.saturation import (
     Saturation,
     common_mode,
     extremes,
-    frequent_tokens,
     largest_entries,
-    rare_tokens,
     row_rms,
     saturated_rows,
     saturation,
     size_by_kappa,
 )
-from minisign.probes.speed import take_turns
+from minisign.probes.speed import ratios, take_turns
 
 __all__ = [
     "NEAR",
@@ -37,6 +37,7 @@ __all__ = [
     "mean_gaps",
     "rank_frequency",
     "rare_tokens",
+    "ratios",
     "row_rms",
     "saturated_rows",
     "saturation",

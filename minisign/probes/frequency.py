@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+RARE = (1, 3)  # seen this often in training: a rare token
+FREQUENT = 200  # seen more often: a frequent one
+
 
 def rank_frequency(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Ranks from 1 [n] and shares of all tokens [n], the most frequent first; tokens that never occur
@@ -58,12 +61,27 @@ def longest_silence(seen: np.ndarray) -> np.ndarray:
     return longest
 
 
+def rare_tokens(counts: np.ndarray) -> np.ndarray:
+    """Which tokens [V] were seen 1 to 3 times."""
+    return (counts >= RARE[0]) & (counts <= RARE[1])
+
+
+def frequent_tokens(counts: np.ndarray) -> np.ndarray:
+    """Which tokens [V] were seen more than 200 times."""
+    return counts > FREQUENT
+
+
 def frequency_groups(counts: np.ndarray) -> dict[str, np.ndarray]:
     """Which tokens were seen never, 1 to 3, 4 to 20, 21 to 200 and more times: by name, masks [V].
 
     Args:
         counts: how often each token was seen [V].
     """
-    edges = {"never": (0, 0), "1 to 3": (1, 3), "4 to 20": (4, 20), "21 to 200": (21, 200)}
-    groups = {name: (counts >= low) & (counts <= high) for name, (low, high) in edges.items()}
-    return {**groups, "more": counts > 200}
+    rare, frequent = rare_tokens(counts), frequent_tokens(counts)
+    return {
+        "never": counts == 0,
+        "1 to 3": rare,
+        "4 to 20": (counts > 0) & (counts <= 20) & ~rare,
+        "21 to 200": (counts > 20) & ~frequent,
+        "more": frequent,
+    }

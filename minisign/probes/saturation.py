@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from minisign.probes.frequency import frequent_tokens, rare_tokens
+
 NEAR = 0.8  # of the bound: beyond it a component counts as saturated
-RARE = (1, 3)  # seen this often in training: a rare token
-FREQUENT = 200  # seen more often: a frequent one
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,6 @@ class Saturation:
     unseen_saturated: float
     rare_saturated: float
     frequent_saturated: float
-
-
-def rare_tokens(counts: np.ndarray) -> np.ndarray:
-    """Which tokens [V] were seen 1 to 3 times."""
-    return (counts >= RARE[0]) & (counts <= RARE[1])
-
-
-def frequent_tokens(counts: np.ndarray) -> np.ndarray:
-    """Which tokens [V] were seen more than 200 times."""
-    return counts > FREQUENT
 
 
 @torch.no_grad()

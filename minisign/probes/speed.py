@@ -24,3 +24,14 @@ def take_turns(actions: Mapping[str, Callable[[], object]], turns: int) -> dict[
             actions[name]()
             seconds[name].append(time.perf_counter() - start)
     return {name: np.array(values) for name, values in seconds.items()}
+
+
+def ratios(seconds: Mapping[str, np.ndarray], to: str, skip: int = 1) -> dict[str, float]:
+    """Median over the turns of each action's time over that of ``to`` in the same turn, by name.
+
+    Args:
+        seconds: from :func:`take_turns`.
+        skip: so many turns at the start do not count, in which state is made and caches are filled.
+    """
+    base = seconds[to][skip:]
+    return {name: float(np.median(taken[skip:] / base)) for name, taken in seconds.items()}
