@@ -114,10 +114,10 @@ def _reproduce_arguments(parser: argparse.ArgumentParser) -> None:
 
 # name of the option → (field of Config, how to read it, metavar, help)
 _TRAIN_OPTIONS: dict[str, tuple[str, Any, str, str]] = {
-    "--optimizer": ("optimizer", str, "NAME", "signum, lion, tiger or adamw (default: tiger)"),
+    "--optimizer": ("optimizer", str, "NAME", "sgd, signum, lion, tiger or adamw (default: tiger)"),
     "--lr": ("lr", float, "X", "learning rate; default: one that suits the optimizer here"),
     "--weight-decay": ("weight_decay", float, "λ", "decoupled weight decay; default: likewise"),
-    "--betas": ("betas", None, "β", "one for signum and tiger, two for lion and adamw"),
+    "--betas": ("betas", None, "β", "one for sgd, signum and tiger, two for lion and adamw"),
     "--scale": ("scale", None, "S", "Tiger's step: rms, row_rms or a number (default: rms)"),
     "--embedding-scale": ("embedding_scale", None, "S", "the same on the embeddings (default: row_rms)"),
     "--accumulate": ("accumulate", int, "K", "Tiger: micro-batches to a step (default: 1)"),
@@ -136,6 +136,7 @@ _TRAIN_OPTIONS: dict[str, tuple[str, Any, str, str]] = {
     "--norm": ("norm", str, "WHERE", "pre or post (default: pre)"),
     "--tie": ("tie", str, "HOW", "none, tied or half_swap (default: none)"),
     "--head": ("head", str, "HOW", "output layer: plain, bias or centered (default: plain)"),
+    "--init": ("init", str, "HOW", "of the blocks' matrices: gpt2 or xavier (default: gpt2)"),
     "--embedding-std": (
         "embedding_std",
         float,

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 NORMS = ("pre", "post")
 TIES = ("none", "tied", "half_swap")
 HEADS = ("plain", "bias", "centered")
+INITS = ("gpt2", "xavier")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,10 @@ class GPTConfig:
         head: ``"plain"``, the output layer has no bias, as in GPT-2; ``"bias"``, it has one;
             ``"centered"``, it has one and sees hidden states less their mean over tokens, hence no
             direction that they all share.
+        init: of the blocks' matrices. ``"gpt2"``: N(0, 0.02²), and N(0, 0.02² / 2·layers) for those that write
+            to the residual stream; small in a narrow model. ``"xavier"``: uniform in ±√(6/(inputs + outputs)),
+            each of the three in ``qkv`` by itself, as in the original transformer: outputs are about as large
+            as inputs at any width (Glorot and Bengio 2010).
     """
 
     vocab_size: int
@@ -49,6 +54,7 @@ class GPTConfig:
     tie: str = "none"
     embedding_std: float = 0.02
     head: str = "plain"
+    init: str = "gpt2"
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context", "layers", "heads", "width"):
@@ -65,6 +71,8 @@ class GPTConfig:
             raise ValueError(f"unknown tie {self.tie!r}: choose from {', '.join(TIES)}")
         if self.head not in HEADS:
             raise ValueError(f"unknown head {self.head!r}: choose from {', '.join(HEADS)}")
+        if self.init not in INITS:
+            raise ValueError(f"unknown init {self.init!r}: choose from {', '.join(INITS)}")
         if not self.embedding_std > 0:
             raise ValueError(f"embedding_std must be positive, got {self.embedding_std}")
         if self.tie == "half_swap" and self.width % 2:
@@ -143,8 +151,8 @@ class GPT(nn.Module):
     """``model(ids)`` gives the logits of the next token.
 
     ``model.embedding`` is the token embedding, ``model.head`` the output layer; with tied embeddings
-    both have the same weight. Matrices start as N(0, 0.02²), those that write to the residual stream
-    as N(0, 0.02² / 2·layers), as in GPT-2, and the token embedding as N(0, embedding_std²).
+    both have the same weight. Matrices start as N(0, 0.02²), the token embedding as N(0, embedding_std²), and
+    those of the blocks as ``init`` says.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -162,6 +170,9 @@ class GPT(nn.Module):
             if p.dim() == 2:
                 residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
                 nn.init.normal_(p, std=0.02 / (2 * config.layers) ** 0.5 if residual else 0.02)
+            if p.dim() == 2 and config.init == "xavier" and name.startswith("blocks."):
+                for part in p.chunk(3) if name.endswith("qkv.weight") else [p]:
+                    nn.init.xavier_uniform_(part)
         nn.init.normal_(self.embedding.weight, std=config.embedding_std)
         if config.tie != "none":
             self.head.weight = self.embedding.weight

@@ -204,3 +204,89 @@ def expected_seen(probabilities: ArrayLike, draws: int, times: int) -> float:
     with np.errstate(divide="ignore"):
         logs = times * np.log(rate) if times else np.zeros_like(rate)
     return float(np.exp(logs - rate - log_factorial).sum())
+
+
+def gradient_descent_bound(lr: float, gradient_norm: float, curvature: float) -> float:
+    """What a step of gradient descent changes the loss by, at most: −η‖g‖²(1 − ηΛ_G/2).
+
+    From ΔL = −η gᵀg + ½η² gᵀHg with a block-diagonal Hessian, whose blocks give gᵀHg ≤ Σ_b ‖H_b‖‖g_b‖² =
+    Λ_G‖g‖². Exact for quadratics; after arXiv 2502.00213, which has it for losses with a bounded third
+    derivative.
+
+    Args:
+        lr: η.
+        gradient_norm: ‖g‖, the 2-norm.
+        curvature: Λ_G, :func:`minisign.probes.gradient_weighted`.
+    """
+    return -lr * gradient_norm**2 * (1 - lr * curvature / 2)
+
+
+def sign_descent_bound(lr: float, gradient_l1: float, parameters: int, curvature: float) -> float:
+    """What a step of sign descent changes the loss by, at most: −η‖g‖₁ + ½η²PΛ_P.
+
+    As :func:`gradient_descent_bound`, with sign(g)ᵀH sign(g) ≤ Σ_b ‖H_b‖P_b = PΛ_P.
+
+    Args:
+        lr: η.
+        gradient_l1: ‖g‖₁, the 1-norm.
+        parameters: P, entries in all.
+        curvature: Λ_P, :func:`minisign.probes.size_weighted`.
+    """
+    return -lr * gradient_l1 + lr**2 * parameters * curvature / 2
+
+
+def best_gradient_step(gradient_norm: float, curvature: float) -> tuple[float, float]:
+    """The rate at which :func:`gradient_descent_bound` is lowest, 1/Λ_G, and the bound there,
+    −‖g‖²/2Λ_G."""
+    return 1 / curvature, -(gradient_norm**2) / (2 * curvature)
+
+
+def best_sign_step(gradient_l1: float, parameters: int, curvature: float) -> tuple[float, float]:
+    """The rate at which :func:`sign_descent_bound` is lowest, ‖g‖₁/PΛ_P, and the bound there,
+    −‖g‖₁²/2PΛ_P."""
+    return gradient_l1 / (parameters * curvature), -(gradient_l1**2) / (2 * parameters * curvature)
+
+
+def rare_class_gradient_descent(share: ArrayLike, classes: int, time: ArrayLike) -> NDArray[np.float64]:
+    """Loss of a class under gradient flow on a softmax with one-hot inputs, a column of weights for each class.
+
+    Input k is always labelled k, and the weights start at zero. Then all other logits of input k are equal,
+    and the margin z of the right one over them follows dz/dt = πc/(e^z + c − 1), so that
+
+        e^z − 1 + (c − 1) z = πct,        ℓ = log(1 + (c − 1) e^−z),
+
+    and for large t, ℓ → 1/πt: a class ten times as rare takes ten times as long. That limit is from Kunstner et
+    al., arXiv 2402.19449; the law itself is derived here.
+
+    Args:
+        share: π, how large a share of the samples the class has; any shape.
+        classes: c ≥ 2.
+        time: t, learning rate times steps; broadcast with ``share``.
+
+    Returns:
+        ℓ in nats.
+    """
+    target = classes * np.asarray(share, dtype=np.float64) * np.asarray(time, dtype=np.float64)
+    # Left of the root the convex function would overshoot; from log(1 + target) Newton comes down to it.
+    z = np.log1p(target)
+    for _ in range(100):
+        step = (np.expm1(z) + (classes - 1) * z - target) / (np.exp(z) + classes - 1)
+        z = z - step
+        if np.all(np.abs(step) <= 1e-12 * (1 + np.abs(z))):
+            break
+    return np.asarray(np.log1p((classes - 1) * np.exp(-z)))
+
+
+def rare_class_sign_descent(classes: int, travelled: ArrayLike) -> NDArray[np.float64]:
+    """The same under sign descent: ℓ = log(1 + (c − 1) e^−2s), whatever the share of the class.
+
+    The right logit rises by η at each step and all others fall by it. After arXiv 2402.19449.
+
+    Args:
+        classes: c ≥ 2.
+        travelled: s, the sum of the learning rates so far; any shape.
+
+    Returns:
+        ℓ in nats.
+    """
+    return np.asarray(np.log1p((classes - 1) * np.exp(-2 * np.asarray(travelled, dtype=np.float64))))

@@ -26,15 +26,17 @@ from torch.nn import functional as F
 from minisign.corpus import DEFAULT as DEFAULT_CORPUS, CorpusConfig, generate
 from minisign.gpt import GPT, GPTConfig
 from minisign.optim import AdamW, Hybrid, Lion, Signum, Tiger, param_groups, track_rows
+from minisign.optim.base import check_number
 from minisign.probes import token_losses
 from minisign.tokenizer import Tokens, read_text, tokenize, train_encoding
 
-OPTIMIZERS = ("signum", "lion", "tiger", "adamw")
+OPTIMIZERS = ("sgd", "signum", "lion", "tiger", "adamw")
 CHECKPOINT, MODEL, CONFIG = "checkpoint.pt", "model.safetensors", "config.json"
 FORMAT = "minisign checkpoint 1"
 
 # What each optimizer starts from at this model's size, where the configuration leaves it open.
 DEFAULTS: dict[str, dict[str, Any]] = {
+    "sgd": {"lr": 1.0, "weight_decay": 0.0, "betas": (0.9,)},
     "signum": {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.9,)},
     "lion": {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.99)},
     "tiger": {"lr": 1.1e-2, "weight_decay": 0.01, "betas": (0.965,)},
@@ -54,10 +56,10 @@ class Config:
             from, as multilingual vocabularies are learned from more of the small languages than models are
             trained on; ``None``, from the text of the run itself.
         context, batch: tokens in a window, windows in a batch.
-        layers, heads, width, norm, tie, head, embedding_std: see :class:`minisign.gpt.GPTConfig`;
+        layers, heads, width, norm, tie, head, init, embedding_std: see :class:`minisign.gpt.GPTConfig`;
             ``None`` for the last is 0.02 with tied embeddings and 0.2 without, where a wide start lets
             rows that are seldom updated stand out from the positions.
-        optimizer: ``"signum"``, ``"lion"``, ``"tiger"`` or ``"adamw"``.
+        optimizer: ``"sgd"`` (torch's, for comparison), ``"signum"``, ``"lion"``, ``"tiger"`` or ``"adamw"``.
         lr, weight_decay, betas: of the optimizer; ``None``, the figure of ``DEFAULTS``.
         scale, accumulate, shrink: of Tiger.
         embedding_scale: Tiger's ``scale`` on the embeddings; ``None``, by its author's rule.
@@ -82,6 +84,7 @@ class Config:
     norm: str = "pre"
     tie: str = "none"
     head: str = "plain"
+    init: str = "gpt2"
     embedding_std: float | None = None
     optimizer: str = "tiger"
     lr: float | None = None
@@ -125,6 +128,8 @@ class Config:
             raise ValueError(f"vocab_rare_share {self.vocab_rare_share} is for the generated text only")
         if isinstance(self.text, str):
             raise TypeError(f"text must be a tuple of file names, got {self.text!r}")
+        if self.optimizer == "sgd" and self.lazy and self.embedding_optimizer is None:
+            raise ValueError(f"lazy {self.lazy!r} is not for sgd: torch.optim.SGD has no lazy rows")
         if self.embedding_scale is not None and (
             self.optimizer != "tiger" or self.embedding_optimizer is not None
         ):
@@ -142,6 +147,7 @@ class Config:
             self.tie,
             self.embedding_std or 0.0,
             self.head,
+            self.init,
         )
 
     @property
@@ -209,6 +215,9 @@ def build_optimizer(config: Config, model: GPT) -> torch.optim.Optimizer:
 
 def _optimizer(name: str, groups: list[dict[str, Any]], config: Config) -> torch.optim.Optimizer:
     lr, decay, betas = config.lr or 0.0, config.weight_decay or 0.0, config.betas or ()
+    if name == "sgd":
+        check_number("beta", betas[0], 0.0, 1.0)
+        return torch.optim.SGD(groups, lr, betas[0], weight_decay=decay)
     if name == "signum":
         return Signum(groups, lr, betas[0], decay)
     if name == "lion":

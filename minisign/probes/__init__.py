@@ -1,6 +1,9 @@
 """Measurements: they take a model or a tensor and return plain numbers."""
 
+from minisign.probes.blocks import Blocks, layer_blocks, layer_names, tensor_blocks
+from minisign.probes.curvature import Curvature, block_curvatures, gradient_weighted, size_weighted
 from minisign.probes.frequency import (
+    equal_share_groups,
     frequency_groups,
     frequent_tokens,
     longest_silence,
@@ -9,6 +12,7 @@ from minisign.probes.frequency import (
     rare_tokens,
     zipf_exponent,
 )
+from minisign.probes.gradients import GradientNorms, GradientWatch, disparity, gradient_norms
 from minisign.probes.losses import loss_by_group, token_losses
 from minisign.probes.memory import state_bytes
 from minisign.probes.saturation import (
@@ -26,12 +30,23 @@ from minisign.probes.speed import ratios, take_turns
 
 __all__ = [
     "NEAR",
+    "Blocks",
+    "Curvature",
+    "GradientNorms",
+    "GradientWatch",
     "Saturation",
+    "block_curvatures",
     "common_mode",
+    "disparity",
+    "equal_share_groups",
     "extremes",
     "frequency_groups",
     "frequent_tokens",
+    "gradient_norms",
+    "gradient_weighted",
     "largest_entries",
+    "layer_blocks",
+    "layer_names",
     "longest_silence",
     "loss_by_group",
     "mean_gaps",
@@ -42,8 +57,10 @@ __all__ = [
     "saturated_rows",
     "saturation",
     "size_by_kappa",
+    "size_weighted",
     "state_bytes",
     "take_turns",
+    "tensor_blocks",
     "token_losses",
     "zipf_exponent",
 ]

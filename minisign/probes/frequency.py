@@ -85,3 +85,30 @@ def frequency_groups(counts: np.ndarray) -> dict[str, np.ndarray]:
         "21 to 200": (counts > 20) & ~frequent,
         "more": frequent,
     }
+
+
+def equal_share_groups(shares: np.ndarray, groups: int = 10) -> dict[str, np.ndarray]:
+    """Tokens by frequency, in groups that make up equal shares of the text: by name, masks [V].
+
+    The first group holds the most frequent tokens, the last the rarest and those that never occur. Each group
+    has as many samples as any other, up to one token's share, so the mean of their losses is about the overall
+    loss (Kunstner et al., arXiv 2402.19449, group classes in this way).
+
+    Args:
+        shares: how large a share of the text each token is [V]; they need not add up to 1.
+        groups: how many.
+
+    Raises:
+        ValueError: fewer than two groups, or shares that are all zero.
+    """
+    if groups < 2:
+        raise ValueError(f"groups must be 2 or more, got {groups}")
+    total = shares.sum()
+    if not total > 0:
+        raise ValueError("the tokens' shares are all zero")
+    order = np.argsort(-shares, kind="stable")
+    middle = (np.cumsum(shares[order]) - shares[order] / 2) / total
+    which = np.empty(len(shares), dtype=np.int64)
+    which[order] = np.minimum((groups * middle).astype(np.int64), groups - 1)
+    edges = [round(100 * i / groups) for i in range(groups + 1)]
+    return {f"{edges[i]}–{edges[i + 1]} %": which == i for i in range(groups)}
