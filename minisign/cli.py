@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ examples:
   minisign reproduce --variants tiger,lazy       two of them
   minisign train --optimizer lion --out runs/a   one run, with a checkpoint
   minisign train --resume runs/a --steps 3000    and on from there
+  minisign probe --model runs/a                  gradient norms, saturation and head of a trained model
+  minisign probe --model gpt2/ --text book.txt   of a GPT-2 or RoBERTa checkpoint
   minisign corpus --words 1000 --out sample.txt  the generated text"""
 
 
@@ -59,6 +62,15 @@ def build_parser() -> Parser:
             help="one run with any optimizer; leaves weights and a checkpoint to go on from",
             description="Trains one model. Leaves model.safetensors, config.json and checkpoint.pt in "
             "--out. Ctrl-C stops between two steps and saves.",
+        )
+    )
+    _probe_arguments(
+        commands.add_parser(
+            "probe",
+            help="measure a trained model: gradient norms by block, curvature, saturation, head",
+            description="Measures a model that was trained here, or a GPT-2 or RoBERTa checkpoint (config.json "
+            "and safetensors), on a text. Prints a table, leaves probe.json and probe.png in --out. Nothing "
+            "is trained, changed or downloaded.",
         )
     )
     _corpus_arguments(
@@ -170,6 +182,62 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _probe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=run_probe)
+    parser.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        metavar="DIR|FILE",
+        help="a folder with config.json and model.safetensors (or shards), or a safetensors file with "
+        "config.json beside it",
+    )
+    parser.add_argument(
+        "--text",
+        nargs="+",
+        metavar="FILE",
+        help="what to measure it on, UTF-8 (.gz too); a model trained here has a text of its own",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="DIR|FILE",
+        help="tokenizer.json, or a folder with it or with vocab.json and merges.txt; default: the model's folder",
+    )
+    parser.add_argument(
+        "--blocks",
+        default="layers",
+        metavar="layers|tensors",
+        help="what to compare: whole layers, or every tensor (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--curvature",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also the top Hessian eigenvalue of each block and Λ, by at most N products each; a product takes "
+        "about two backward passes (default: none)",
+    )
+    parser.add_argument(
+        "--weight-decay",
+        type=float,
+        metavar="λ",
+        help="that the model was trained with, for the bound 1/λ; default: that of a run made here, else "
+        "unknown, and the largest entry takes the bound's place",
+    )
+    for option, default, what in (
+        ("--batches", 4, "batches"),
+        ("--batch", 8, "windows in a batch"),
+        ("--length", None, "tokens in a window; default: 128, or the model's context if that is shorter"),
+        ("--seed", 0, "of the masks, for RoBERTa"),
+    ):
+        shown = what if default is None else f"{what} (default: {default})"
+        parser.add_argument(option, type=int, default=default, metavar="N", help=shown)
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/probe"), metavar="DIR", help="default: %(default)s"
+    )
+
+
 def _corpus_arguments(parser: argparse.ArgumentParser) -> None:
     from minisign.corpus import DEFAULT as default
 
@@ -263,6 +331,30 @@ def run_train(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_probe(args: argparse.Namespace) -> int:
+    from minisign.examine import examine, write_examination
+    from minisign.pretrained import examples, load_subject
+    from minisign.tokenizer import read_text
+    from minisign.train import prepare_out
+
+    subject = load_subject(args.model, args.tokenizer)
+    prepare_out(args.out)
+    if args.text:
+        ids = subject.encode(read_text(args.text))
+    elif subject.own_text is not None:
+        ids = subject.own_text
+    else:
+        raise ValueError(f"{args.model} brings no text: give one with --text")
+    length = min(128, subject.context) if args.length is None else args.length
+    batches = examples(subject, ids, args.batches, args.batch, length, args.seed)
+    decay = subject.weight_decay if args.weight_decay is None else args.weight_decay
+    found = examine(subject, batches, ids, args.blocks, args.curvature, decay)
+    files = write_examination(args.out, found, subject, f"{args.model}: {subject.name}")
+    _print_examination(found)
+    print(f"\n{' and '.join(file.name for file in files)} are in {args.out}")
+    return 0
+
+
 def run_corpus(args: argparse.Namespace) -> int:
     from minisign.corpus import CorpusConfig, generate, sha256
     from minisign.train import prepare_out, write_whole
@@ -349,21 +441,12 @@ def _progress(variant: str, config: Config) -> Any:
 
 
 def _print_table(runs: Sequence[Any]) -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
     if not runs:
         return
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        title="The embedding against its bound ±1/λ",
-        title_justify="left",
-    )
-    table.add_column("variant", no_wrap=True)
-    for name in ("train", "val", "1/λ", "largest", "smallest", "rare", "frequent", "s"):
-        table.add_column(name, justify="right", no_wrap=True)
+    columns = ("train", "val", "1/λ", "largest", "smallest", "rare", "frequent", "s")
+    table = _table("The embedding against its bound ±1/λ", "variant", *columns)
     for run in runs:
         r = run.result
         table.add_row(
@@ -383,6 +466,88 @@ def _print_table(runs: Sequence[Any]) -> None:
         "rare, frequent: share of the components beyond 0.8/λ among tokens seen 1 to 3 times, and more "
         "than 200 times."
     )
+
+
+def _print_examination(found: dict[str, Any]) -> None:
+    unequal = found["heterogeneity"]
+    print(
+        f"{found['model']}, {found['parameters']:,} parameters; loss {found['loss']:.3f} nats over "
+        f"{found['predicted']:,} tokens, {found['windows']} windows in {found['batches']} batches\n"
+    )
+    curved = unequal["lambda_g"] is not None
+    blocks = _table("Gradient by block", "block", "entries", "‖g‖", "per entry", "one batch")
+    if curved:
+        for name in ("‖H‖", "residual"):
+            blocks.add_column(name, justify="right", no_wrap=True)
+    shared = os.path.commonprefix(list(unequal["blocks"]))
+    shared = shared[: shared.rfind(".") + 1]
+    for name, block in unequal["blocks"].items():
+        bend = block["curvature"]
+        more = [f"{bend['norm']:.3g}{'' if bend['converged'] else ' …'}", f"{bend['residual']:.2f}"] if bend else []
+        low, high = min(block["norm_by_batch"]), max(block["norm_by_batch"])
+        per_entry = block["norm"] / block["parameters"] ** 0.5
+        blocks.add_row(
+            name.removeprefix(shared),
+            f"{block['parameters']:,}",
+            f"{block['norm']:.3g}",
+            f"{per_entry:.2g}",
+            f"{low:.3g}–{high:.3g}",
+            *more,
+        )
+    _print_whole(blocks)
+    of = {name: "infinite" if value is None else f"{value:.3g}" for name, value in unequal["disparity"].items()}
+    print(
+        f"disparity: largest over smallest {of['max/min']} (per entry {of['max/min per entry']}), "
+        f"Gini {of['gini']} (per entry {of['gini per entry']})"
+    )
+    if curved:
+        print(f"Λ_G {unequal['lambda_g']:.3g}, Λ_P {unequal['lambda_p']:.3g}; … not converged")
+    print()
+    matrices = _table(
+        "Embedding and head", "matrix", "smallest", "largest", "bound", "near", "rows", "‖W‖", "common"
+    )
+    for name, m in found["matrices"].items():
+        matrices.add_row(
+            name,
+            f"{m['smallest']:.4g}",
+            f"{m['largest']:.4g}",
+            f"{m['bound']:.4g}",
+            _percent(m["near"]),
+            f"{m['rows']:,}",
+            f"{m['norm']:.4g}",
+            f"{m['common_mode']:.2f}",
+        )
+    _print_whole(matrices)
+    losses = ["none" if v is None else f"{v:.2f}" for v in found["loss_by_frequency"].values()]
+    print(f"loss by tenths of the text: {', '.join(losses)}")
+    print(
+        "\n‖g‖: gradient norm over all batches; per entry: over √entries; one batch: lowest and highest.\n"
+        f"bound: {m['bound_is']}; near: share of the components beyond 0.8 of it; rows: with more than a tenth "
+        "there.\n"
+        "common: how much of the rows is the same in all, 0 to 1. Tenths: the most frequent tokens first."
+    )
+
+
+def _table(title: str, first: str, *columns: str) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title, title_justify="left", title_style="bold"
+    )
+    table.add_column(first, no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _print_whole(table: Any) -> None:
+    """Prints a table as wide as it is: what a terminal cannot hold is wrapped, never left out."""
+    from rich.console import Console
+    from rich.measure import Measurement
+
+    wide = Console(width=1000)
+    Console(width=Measurement.get(wide, wide.options, table).maximum).print(table)
 
 
 def _percent(share: float | None) -> str:

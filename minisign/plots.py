@@ -16,6 +16,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from numpy.typing import ArrayLike
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
@@ -29,16 +30,26 @@ STYLES = {
     "hybrid": (PURPLE, ":"),
     "adamw": (BLACK, (0, (1, 1))),
 }
-# For what is no variant.
+OPTIMIZERS = {
+    "SGD": (GREY, "-"),
+    "SGD, momentum": (SKY, (0, (5, 1))),
+    "signSGD": (PURPLE, "-."),
+    "Signum": (GREEN, (0, (3, 1, 1, 1))),
+    "Lion": STYLES["lion"],
+    "Tiger": STYLES["tiger"],
+    "AdamW": STYLES["adamw"],
+}
+# For what is neither a variant nor an optimizer.
 CYCLE = ((BLUE, "-"), (RED, "--"), (GREEN, "-."), (PURPLE, ":"), (ORANGE, (0, (5, 1))))
 
 
 def _styles(labels: Iterable[str]) -> list[tuple[str, Any]]:
-    """Colour and dash for each label: a variant's own, for others those that no variant here has taken."""
-    labels = list(labels)
-    taken = {STYLES[label][0] for label in labels if label in STYLES}
+    """Colour and dash for each label: a variant's or an optimizer's own, for others those that none of them
+    here has taken."""
+    labels, own = list(labels), {**STYLES, **OPTIMIZERS}
+    taken = {own[label][0] for label in labels if label in own}
     free = itertools.cycle([style for style in CYCLE if style[0] not in taken] or CYCLE)
-    return [STYLES[label] if label in STYLES else next(free) for label in labels]
+    return [own[label] if label in own else next(free) for label in labels]
 
 
 def new_figure(width: float = 7.0, height: float = 4.2, columns: int = 1) -> tuple[Figure, list[Axes]]:
@@ -84,6 +95,40 @@ def curves(
         ax.plot(x, y, "osD^v"[i % 5], color=color, markersize=5, label=label)
     ax.set(**axes)
     ax.legend(fontsize=9)
+    return figure
+
+
+def panels(
+    lines: Mapping[str, Mapping[str, Sequence[ArrayLike]]],
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    columns: int = 4,
+    **axes: Any,
+) -> Figure:
+    """Lines in panels side by side with common axes, each with a band if it has one.
+
+    Args:
+        lines: by panel and label, x [n] and y [n], and perhaps the lower and upper end of a band [n] each;
+            infinite y are left out. A label has the same colour and dash in every panel.
+        title: what was run.
+        columns: panels to a line.
+        axes: ``xscale``, ``ylim`` and whatever else ``Axes.set`` takes.
+    """
+    figure, drawn = _small_multiples(list(lines), title, xlabel, ylabel, columns)
+    labels = list(dict.fromkeys(label for panel in lines.values() for label in panel))
+    style = dict(zip(labels, _styles(labels), strict=True))
+    known = {}
+    for ax, panel in zip(drawn, lines.values(), strict=True):
+        for label, (x, y, *band) in panel.items():
+            color, dash = style[label]
+            (known[label],) = ax.plot(x, y, color=color, linestyle=dash, linewidth=1.6, label=label)
+            if band:
+                ax.fill_between(x, *band, color=color, alpha=0.2, linewidth=0)
+        ax.set(**axes)
+    figure.legend(
+        list(known.values()), list(known), loc="outside lower center", ncols=min(5, len(known)), fontsize=8
+    )
     return figure
 
 
@@ -282,4 +327,50 @@ def trajectories(
         ax.plot(*path.T, color=BLUE, linewidth=0.9, marker=".", markersize=3)
         ax.plot(*path[0], "o", color=ORANGE)
         ax.plot(0, 0, "+", color=BLACK)
+    return figure
+
+
+def examination(
+    blocks: Mapping[str, Mapping[str, Any]],
+    components: Mapping[str, ArrayLike],
+    losses: Mapping[str, float | None],
+    title: str,
+) -> Figure:
+    """What ``minisign probe`` found: norms by block, the matrices' components, losses by frequency.
+
+    Args:
+        blocks: by name, ``norm``, ``norm_by_batch`` and perhaps ``curvature`` with its ``norm``; a norm of
+            zero is not drawn.
+        components: by matrix, entries over its bound [n].
+        losses: by tenth of the text, in nats; None where there was nothing to predict.
+        title: what was measured.
+    """
+    names = list(blocks)
+    curved = any(block["curvature"] for block in blocks.values())
+    figure, axes = new_figure(13.5, max(3.6, 1.3 + 0.2 * len(names)), columns=4 if curved else 3)
+    at = np.arange(len(names))
+    norms = axes[0]
+    for i, block in enumerate(blocks.values()):
+        norms.plot(block["norm_by_batch"], [i] * len(block["norm_by_batch"]), ".", color=SKY, markersize=4)
+    norms.plot([block["norm"] for block in blocks.values()], at, "o", color=BLUE, markersize=4)
+    norms.set(xlabel="gradient norm: all batches (large), each (small)", xscale="log")
+    norms.set_yticks(at, names, fontsize=7)
+    norms.invert_yaxis()  # the input on top
+    norms.xaxis.set_minor_formatter(NullFormatter())
+    if curved:
+        axes[1].plot([block["curvature"]["norm"] for block in blocks.values()], at, "s", color=RED, markersize=4)
+        axes[1].set(xlabel="curvature ‖H‖", xscale="log", ylim=norms.get_ylim())
+        axes[1].set_yticks(at, [""] * len(names))
+    sizes, tenths = axes[-2:]
+    edges = np.linspace(-1.05, 1.05, 43)
+    for (name, values), (color, dash) in zip(components.items(), CYCLE, strict=False):
+        share = np.histogram(np.asarray(values), edges)[0] / np.asarray(values).size
+        sizes.stairs(share, edges, color=color, linestyle=dash, label=name)
+    sizes.set(xlabel="component / bound", ylabel="share of components", yscale="log")
+    sizes.legend(fontsize=8)
+    shown = {name: value for name, value in losses.items() if value is not None}
+    tenths.bar(list(shown), list(shown.values()), color=GREEN)
+    tenths.tick_params(axis="x", rotation=60, labelsize=7)
+    tenths.set(xlabel="tenth of the text, frequent tokens first", ylabel="loss, nats")
+    figure.suptitle(title, fontsize=10)
     return figure

@@ -10,14 +10,26 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from minisign.probes import common_mode, equal_share_groups, loss_by_group, token_losses
+from minisign.probes import (
+    common_mode,
+    equal_share_groups,
+    heterogeneity,
+    layer_blocks,
+    layer_names,
+    loss_by_group,
+    tensor_blocks,
+    token_losses,
+)
 from minisign.reproduce import lesson_config
 from minisign.tokenizer import Tokens
-from minisign.train import Config, Run, train
+from minisign.train import Config, Run, build_model, next_token_loss, train
 
 RATES, FACTOR = 9, 2.0
 
@@ -70,6 +82,58 @@ def search_config(base: Config, label: str, rate: float) -> Config:
         raise ValueError(f"unknown contender {label!r}: choose from {', '.join(CONTENDERS)}")
     contender = CONTENDERS[label]
     return dataclasses.replace(base, optimizer=contender.optimizer, betas=contender.betas, lr=rate)
+
+
+# --- where the norm stands ------------------------------------------------------------------------
+
+SIDES = ("pre", "post")
+
+
+def norm_config(norm: str, layers: int, seed: int = 0, init: str = "xavier") -> Config:
+    """The model of the comparison of norms: that of the search, deeper, with matrices whose outputs are as
+    large as their inputs."""
+    return dataclasses.replace(search_base(seed), norm=norm, layers=layers, init=init)
+
+
+def norm_rates(label: str) -> list[float]:
+    """The nine rates of a contender there; the post-norm model needs lower ones of Signum."""
+    lowest = {"SGD": 0.02, "Signum": 5e-5}
+    return dataclasses.replace(CONTENDERS[label], lowest=lowest[label]).rates
+
+
+def start_batches(config: Config, tokens: Tokens) -> list[Tensor]:
+    """Four training batches, windows [batch, context + 1], that no run of a search has seen."""
+    steps = range(config.steps, config.steps + 4)
+    draw = partial(tokens.batch, config.seed, size=config.batch, context=config.context)
+    return [torch.from_numpy(draw(step)) for step in steps]
+
+
+def start_figures(config: Config, tokens: Tokens) -> dict[str, Any]:
+    """Gradients and curvature of a model that is not trained yet.
+
+    Returns:
+        ``ratio``, the gradient norm of the last layer over that of the first; ``between layers`` (and the
+        embeddings, the last norm and the head) and ``between tensors``, the disparity of the norms; Λ_G, Λ_P,
+        ``norm`` and ``curvature`` of the former, and whether all of the curvatures ``converged``.
+    """
+    model = build_model(config, tokens.vocab_size)
+    loss, batches = partial(next_token_loss, model), start_batches(config, tokens)
+    layers = heterogeneity(loss, batches, layer_blocks(model))
+    tensors = heterogeneity(loss, batches, tensor_blocks(model), hessian_batches=0)
+    names, blocks = layer_names(model), layers["blocks"]
+    return {
+        "ratio": blocks[names[-1]]["norm"] / blocks[names[0]]["norm"],
+        "between layers": layers["disparity"],
+        "between tensors": tensors["disparity"],
+        "lambda_g": layers["lambda_g"],
+        "lambda_p": layers["lambda_p"],
+        "norm": {name: block["norm"] for name, block in blocks.items()},
+        "curvature": {name: block["curvature"]["norm"] for name, block in blocks.items()},
+        "converged": all(block["curvature"]["converged"] for block in blocks.values()),
+    }
+
+
+# --- a run and what is read of many ---------------------------------------------------------------
 
 
 def search_run(config: Config, tokens: Tokens) -> tuple[Run, dict[str, Any]]:

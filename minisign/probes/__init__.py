@@ -13,6 +13,7 @@ from minisign.probes.frequency import (
     zipf_exponent,
 )
 from minisign.probes.gradients import GradientNorms, GradientWatch, disparity, gradient_norms
+from minisign.probes.heterogeneity import heterogeneity
 from minisign.probes.losses import loss_by_group, token_losses
 from minisign.probes.memory import state_bytes
 from minisign.probes.saturation import (
@@ -44,6 +45,7 @@ __all__ = [
     "frequent_tokens",
     "gradient_norms",
     "gradient_weighted",
+    "heterogeneity",
     "largest_entries",
     "layer_blocks",
     "layer_names",
