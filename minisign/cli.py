@@ -497,7 +497,7 @@ def _print_examination(found: dict[str, Any]) -> None:
     _print_whole(blocks)
     of = {name: "infinite" if value is None else f"{value:.3g}" for name, value in unequal["disparity"].items()}
     print(
-        f"disparity: largest over smallest {of['max/min']} (per entry {of['max/min per entry']}), "
+        f"disparity: largest over smallest {of['max over min']} (per entry {of['max over min per entry']}), "
         f"Gini {of['gini']} (per entry {of['gini per entry']})"
     )
     if curved:

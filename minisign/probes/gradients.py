@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from minisign.probes.blocks import Blocks, tensor_blocks
 
 Batch = TypeVar("Batch")
-MEASURES = ("max/min", "gini")
+MEASURES = ("max over min", "gini")
 
 
 @dataclass(frozen=True)
@@ -97,14 +97,14 @@ def _by_block(
 
 
 def disparity(
-    norms: Mapping[str, float], measure: str = "max/min", sizes: Mapping[str, int] | None = None
+    norms: Mapping[str, float], measure: str = "max over min", sizes: Mapping[str, int] | None = None
 ) -> float:
     """How unequal the blocks' norms are; none of these measures is from arXiv 2502.00213, which has no figure
     for it.
 
     Args:
         norms: by block.
-        measure: ``"max/min"``, the largest over the smallest, from 1, infinite if a norm is zero;
+        measure: ``"max over min"``, the largest over the smallest, from 1, infinite if a norm is zero;
             ``"gini"``, Gini's coefficient Σ_ij |x_i − x_j| / 2n²x̄ (Gini 1912; as a measure of sparsity,
             Hurley and Rickard, arXiv 0811.4706), from 0 (all equal) to 1 − 1/n (one has it all).
         sizes: P_b. With it each norm is divided by √P_b, which makes it the RMS of the block's entries, so
@@ -118,7 +118,7 @@ def disparity(
     x = np.array([norm / (sizes[name] ** 0.5 if sizes else 1.0) for name, norm in norms.items()])
     if not (len(x) and np.isfinite(x).all() and x.any()):
         raise ValueError(f"norms must be finite and not all zero, got {dict(norms)}")
-    if measure == "max/min":
+    if measure == "max over min":
         return float(x.max() / x.min()) if x.min() > 0 else float("inf")
     return float(np.abs(x[:, None] - x).sum() / (2 * len(x) ** 2 * x.mean()))
 
