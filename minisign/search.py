@@ -194,6 +194,16 @@ def losses_by_rate(
     return np.array(rates), np.array([found[rate] for rate in rates])
 
 
+def rate_curve(
+    lines: Sequence[dict[str, Any]], label: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The rates [n] of a condition and the mean, lowest and highest validation loss of its seeds [n] each, where
+    a run that diverged counts as one of 20 nats: to be drawn."""
+    rates, losses = losses_by_rate(lines, label)
+    losses = np.minimum(losses, 20.0)
+    return rates, losses.mean(axis=1), losses.min(axis=1), losses.max(axis=1)
+
+
 def best_rate(lines: Sequence[dict[str, Any]], label: str) -> float:
     """The rate with the lowest mean validation loss over the seeds.
 

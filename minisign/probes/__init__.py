@@ -14,7 +14,7 @@ from minisign.probes.frequency import (
 )
 from minisign.probes.gradients import GradientNorms, GradientWatch, disparity, gradient_norms
 from minisign.probes.heterogeneity import heterogeneity
-from minisign.probes.losses import loss_by_group, token_losses
+from minisign.probes.losses import loss_by_group, token_losses, unigram_loss
 from minisign.probes.memory import state_bytes
 from minisign.probes.saturation import (
     NEAR,
@@ -64,5 +64,6 @@ __all__ = [
     "take_turns",
     "tensor_blocks",
     "token_losses",
+    "unigram_loss",
     "zipf_exponent",
 ]

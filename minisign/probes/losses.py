@@ -51,3 +51,14 @@ def loss_by_group(
         here = members[tokens]
         means[name] = float(losses[here].mean()) if here.any() else float("nan")
     return means
+
+
+def unigram_loss(seen: np.ndarray, targets: np.ndarray) -> float:
+    """Mean loss in nats of a model that knows how frequent each token is and nothing else.
+
+    Args:
+        seen: the ids that it knows the frequencies from, any shape; every token counts half more.
+        targets: the ids to predict, any shape, at most as large as the largest seen.
+    """
+    counts = np.bincount(seen.ravel()) + 0.5
+    return float(-np.log(counts[targets] / counts.sum()).mean())
