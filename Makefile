@@ -63,9 +63,10 @@ mutants: $(READY) ## plant bugs, one at a time, and see a test turn red; writes 
 robust: $(READY) ## every notebook under other threads, processors and seeds; writes docs/robustness.md
 	$(BIN)/python tests/robust.py
 
-bench: $(BENCH_READY) ## speed against other implementations
+bench: $(BENCH_READY) ## speed against other implementations, cost of the probes
 	$(BIN)/python benchmarks/optimizer_step.py
 	$(BIN)/python benchmarks/training_loop.py
+	$(BIN)/python benchmarks/probes.py
 
 data: $(READY) ## write data/ anew
 	$(BIN)/python data/make.py

@@ -1,4 +1,4 @@
-"""Where the norm stands, at four and at eight layers: gradients and curvature at the start, and what rates work.
+"""Where the norm stands, at four and eight layers: gradients and curvature at the start, and what rates do.
 
     python experiments/norm_placement.py
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -68,9 +67,9 @@ def build_parser() -> Parser:
         commands.add_parser(
             "probe",
             help="measure a trained model: gradient norms by block, curvature, saturation, head",
-            description="Measures a model that was trained here, or a GPT-2 or RoBERTa checkpoint (config.json "
-            "and safetensors), on a text. Prints a table, leaves probe.json and probe.png in --out. Nothing "
-            "is trained, changed or downloaded.",
+            description="Measures a model that was trained here, or a GPT-2 or RoBERTa checkpoint "
+            "(config.json and safetensors), on a text. Prints a table, leaves probe.json and probe.png in "
+            "--out. Nothing is trained, changed or downloaded.",
         )
     )
     _corpus_arguments(
@@ -202,7 +201,7 @@ def _probe_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer",
         type=Path,
         metavar="DIR|FILE",
-        help="tokenizer.json, or a folder with it or with vocab.json and merges.txt; default: the model's folder",
+        help="tokenizer.json, or a folder with it or with vocab.json and merges.txt; default: the model's",
     )
     parser.add_argument(
         "--blocks",
@@ -215,8 +214,8 @@ def _probe_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="also the top Hessian eigenvalue of each block and Λ, by at most N products each; a product takes "
-        "about two backward passes (default: none)",
+        help="also the top Hessian eigenvalue of each block, and Λ, by at most N products each; a product "
+        "takes about two backward passes (default: none)",
     )
     parser.add_argument(
         "--weight-decay",
@@ -342,7 +341,7 @@ def run_probe(args: argparse.Namespace) -> int:
     if args.text:
         ids = subject.encode(read_text(args.text))
     elif subject.own_text is not None:
-        ids = subject.own_text
+        ids = subject.own_text.tolist()
     else:
         raise ValueError(f"{args.model} brings no text: give one with --text")
     length = min(128, subject.context) if args.length is None else args.length
@@ -479,15 +478,19 @@ def _print_examination(found: dict[str, Any]) -> None:
     if curved:
         for name in ("‖H‖", "residual"):
             blocks.add_column(name, justify="right", no_wrap=True)
-    shared = os.path.commonprefix(list(unequal["blocks"]))
-    shared = shared[: shared.rfind(".") + 1]
+    first, *others = [name.split(".") for name in unequal["blocks"]]
+    depth = 0  # of what all names begin with
+    while others and all(name[depth : depth + 1] == first[depth : depth + 1] for name in others):
+        depth += 1
     for name, block in unequal["blocks"].items():
         bend = block["curvature"]
-        more = [f"{bend['norm']:.3g}{'' if bend['converged'] else ' …'}", f"{bend['residual']:.2f}"] if bend else []
+        more = []
+        if bend:
+            more = [f"{bend['norm']:.3g}{'' if bend['converged'] else ' …'}", f"{bend['residual']:.2f}"]
         low, high = min(block["norm_by_batch"]), max(block["norm_by_batch"])
         per_entry = block["norm"] / block["parameters"] ** 0.5
         blocks.add_row(
-            name.removeprefix(shared),
+            ".".join(name.split(".")[depth:]),
             f"{block['parameters']:,}",
             f"{block['norm']:.3g}",
             f"{per_entry:.2g}",
@@ -495,10 +498,13 @@ def _print_examination(found: dict[str, Any]) -> None:
             *more,
         )
     _print_whole(blocks)
-    of = {name: "infinite" if value is None else f"{value:.3g}" for name, value in unequal["disparity"].items()}
+    of = {
+        name: "infinite" if value is None else f"{value:.3g}"
+        for name, value in unequal["disparity"].items()
+    }
     print(
-        f"disparity: largest over smallest {of['max over min']} (per entry {of['max over min per entry']}), "
-        f"Gini {of['gini']} (per entry {of['gini per entry']})"
+        f"disparity: largest over smallest {of['max over min']} "
+        f"(per entry {of['max over min per entry']}), Gini {of['gini']} (per entry {of['gini per entry']})"
     )
     if curved:
         print(f"Λ_G {unequal['lambda_g']:.3g}, Λ_P {unequal['lambda_p']:.3g}; … not converged")
@@ -522,8 +528,8 @@ def _print_examination(found: dict[str, Any]) -> None:
     print(f"loss by tenths of the text: {', '.join(losses)}")
     print(
         "\n‖g‖: gradient norm over all batches; per entry: over √entries; one batch: lowest and highest.\n"
-        f"bound: {m['bound_is']}; near: share of the components beyond 0.8 of it; rows: with more than a tenth "
-        "there.\n"
+        f"bound: {m['bound_is']}; near: share of the components beyond 0.8 of it; rows: with more than a "
+        "tenth there.\n"
         "common: how much of the rows is the same in all, 0 to 1. Tenths: the most frequent tokens first."
     )
 

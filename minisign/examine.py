@@ -1,4 +1,4 @@
-"""``minisign probe``: how heterogeneous, how saturated and how large-headed a model is, as numbers and a picture."""
+"""``minisign probe``: gradients, curvature, saturation and head of a model, as numbers and a picture."""
 
 from __future__ import annotations
 
@@ -103,8 +103,9 @@ def matrix(weight: Tensor, weight_decay: float | None = None) -> dict[str, Any]:
 
     Returns:
         ``smallest`` and ``largest`` entry, ``rms``; ``bound``, 1/λ, or, where λ is not known, the largest
-        |entry|, which ``bound_is`` tells; ``near``, the share of the components beyond 0.8 of it, and ``rows``,
-        how many rows have more than a tenth of theirs there; ``norm``, Frobenius; ``common_mode``, from 0 to 1.
+        |entry|, which ``bound_is`` tells; ``near``, the share of the components beyond 0.8 of it, and
+        ``rows``, how many rows have more than a tenth of theirs there; ``norm``, Frobenius;
+        ``common_mode``, from 0 to 1.
 
     Raises:
         ValueError: entries that are not finite, or all zero.
@@ -135,7 +136,9 @@ def write_examination(out: Path, found: dict[str, Any], subject: Subject, title:
         name: (weight.detach() / found["matrices"][name]["bound"]).float().numpy().ravel()
         for name, weight in zip(found["matrices"], (subject.embedding, subject.head), strict=False)
     }
-    figure = plots.examination(found["heterogeneity"]["blocks"], components, found["loss_by_frequency"], title)
+    figure = plots.examination(
+        found["heterogeneity"]["blocks"], components, found["loss_by_frequency"], title
+    )
     files = [out / "probe.json", out / "probe.png"]
     write_whole(files[0], lambda path: write_json(path, found))
     write_whole(files[1], lambda path: plots.save(figure, path))

@@ -39,10 +39,10 @@ class GPTConfig:
         head: ``"plain"``, the output layer has no bias, as in GPT-2; ``"bias"``, it has one;
             ``"centered"``, it has one and sees hidden states less their mean over tokens, hence no
             direction that they all share.
-        init: of the blocks' matrices. ``"gpt2"``: N(0, 0.02²), and N(0, 0.02² / 2·layers) for those that write
-            to the residual stream; small in a narrow model. ``"xavier"``: uniform in ±√(6/(inputs + outputs)),
-            each of the three in ``qkv`` by itself, as in the original transformer: outputs are about as large
-            as inputs at any width (Glorot and Bengio 2010).
+        init: of the blocks' matrices. ``"gpt2"``: N(0, 0.02²), and N(0, 0.02² / 2·layers) for those that
+            write to the residual stream; small in a narrow model. ``"xavier"``: uniform in ±√(6/(inputs +
+            outputs)), each of the three in ``qkv`` by itself, as in the original transformer: outputs are
+            about as large as inputs at any width (Glorot and Bengio 2010).
     """
 
     vocab_size: int
@@ -151,8 +151,8 @@ class GPT(nn.Module):
     """``model(ids)`` gives the logits of the next token.
 
     ``model.embedding`` is the token embedding, ``model.head`` the output layer; with tied embeddings
-    both have the same weight. Matrices start as N(0, 0.02²), the token embedding as N(0, embedding_std²), and
-    those of the blocks as ``init`` says.
+    both have the same weight. Matrices start as N(0, 0.02²), the token embedding as N(0, embedding_std²),
+    and those of the blocks as ``init`` says.
     """
 
     def __init__(self, config: GPTConfig) -> None:

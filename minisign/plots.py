@@ -31,7 +31,7 @@ STYLES = {
     "adamw": (BLACK, (0, (1, 1))),
 }
 OPTIMIZERS = {
-    "SGD": (GREY, "-"),
+    "SGD": (BLUE, (0, (8, 2))),
     "SGD, momentum": (SKY, (0, (5, 1))),
     "signSGD": (PURPLE, "-."),
     "Signum": (GREEN, (0, (3, 1, 1, 1))),
@@ -124,7 +124,8 @@ def panels(
             color, dash = style[label]
             (known[label],) = ax.plot(x, y, color=color, linestyle=dash, linewidth=1.6, label=label)
             if band:
-                ax.fill_between(x, *band, color=color, alpha=0.2, linewidth=0)
+                low, high = band
+                ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
         ax.set(**axes)
     figure.legend(
         list(known.values()), list(known), loc="outside lower center", ncols=min(5, len(known)), fontsize=8
@@ -358,7 +359,9 @@ def examination(
     norms.invert_yaxis()  # the input on top
     norms.xaxis.set_minor_formatter(NullFormatter())
     if curved:
-        axes[1].plot([block["curvature"]["norm"] for block in blocks.values()], at, "s", color=RED, markersize=4)
+        axes[1].plot(
+            [block["curvature"]["norm"] for block in blocks.values()], at, "s", color=RED, markersize=4
+        )
         axes[1].set(xlabel="curvature ‖H‖", xscale="log", ylim=norms.get_ylim())
         axes[1].set_yticks(at, [""] * len(names))
     sizes, tenths = axes[-2:]

@@ -1,7 +1,7 @@
-"""Models to measure that need not have been trained here: a folder or file in, a model and its examples out.
+"""Models that need not have been trained here: a folder or file in, a model and its examples out.
 
-Known are Hugging Face-style checkpoints of GPT-2 and RoBERTa (``config.json`` and safetensors, whole or in shards),
-which need the extra ``hf``, and this package's own runs. Nothing is downloaded.
+Known are Hugging Face-style checkpoints of GPT-2 and RoBERTa (``config.json`` and safetensors, whole or in
+shards), which need the extra ``hf``, and this package's own runs. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ class Subject:
         encode: text → ids.
         masked: what a masked language model sees in place of a token, and what stands before and after a
             window; None for models that predict the next token.
-        own_text, weight_decay: ids of the text that it is validated on and λ of its embedding, where they are
-            known, as for a run of this package.
+        own_text, weight_decay: ids of the text that it is validated on and λ of its embedding, where they
+            are known, as for a run of this package.
     """
 
     name: str
     model: nn.Module
     logits: Callable[[Tensor], Tensor]
-    embedding: nn.Parameter
-    head: nn.Parameter
+    embedding: Tensor
+    head: Tensor
     context: int
-    encode: Callable[[str], Sequence[int]]
+    encode: Callable[[str], list[int]]
     masked: tuple[int, int, int] | None = None
     own_text: np.ndarray | None = None
     weight_decay: float | None = None
@@ -103,7 +103,8 @@ def examples(
     found = len(text) // take
     if found < batches:
         raise ValueError(
-            f"the text has {len(text)} tokens, {found} windows of {take}: {batches} batches need as many windows"
+            f"the text has {len(text)} tokens, {found} windows of {take}: {batches} batches need as many "
+            "windows"
         )
     count = batches * min(size, found // batches)
     starts = np.linspace(0, found - 1, count).astype(np.int64) * take
@@ -127,8 +128,8 @@ def load_subject(path: Path, tokenizer: Path | None = None) -> Subject:
     """The model in a folder, or in a safetensors file that has its ``config.json`` beside it.
 
     Args:
-        tokenizer: for Hugging Face-style checkpoints, a folder or ``tokenizer.json``; without it, that of the
-            checkpoint's folder.
+        tokenizer: for Hugging Face-style checkpoints, a folder or ``tokenizer.json``; without it, that of
+            the checkpoint's folder.
 
     Raises:
         ValueError: nothing there, an unknown architecture, the extra ``hf`` not installed, a damaged file,
@@ -143,7 +144,8 @@ def load_subject(path: Path, tokenizer: Path | None = None) -> Subject:
     architecture = config.get("model_type")
     if architecture not in ARCHITECTURES:
         raise ValueError(
-            f"the architecture of {folder / CONFIG} is {architecture!r}: known are {', '.join(ARCHITECTURES)}"
+            f"the architecture of {folder / CONFIG} is {architecture!r}: known are "
+            f"{', '.join(ARCHITECTURES)}"
         )
     return _hugging_face(path, folder, architecture, tokenizer or folder)
 
@@ -179,12 +181,15 @@ def _hugging_face(path: Path, folder: Path, architecture: str, tokenizer: Path) 
     try:
         import transformers
         from tokenizers import Tokenizer
-        from tokenizers.implementations import ByteLevelBPETokenizer
+        from tokenizers.implementations import ByteLevelBPETokenizer  # type: ignore[attr-defined]
     except ImportError as error:
         raise ValueError(
             f"a {architecture} checkpoint is read with transformers: pip install 'minisign[hf]' ({error})"
         ) from None
-    classes = {"gpt2": transformers.GPT2LMHeadModel, "roberta": transformers.RobertaForMaskedLM}
+    classes: dict[str, Any] = {
+        "gpt2": transformers.GPT2LMHeadModel,
+        "roberta": transformers.RobertaForMaskedLM,
+    }
     weights = _weights(path)
     try:
         with _quiet(transformers):
@@ -208,8 +213,8 @@ def _hugging_face(path: Path, folder: Path, architecture: str, tokenizer: Path) 
             reader = Tokenizer.from_file(str(json_file))
         except Exception as error:  # tokenizers raises nothing narrower
             raise ValueError(f"{json_file} is not a tokenizer: {_first_line(error)}") from None
-    elif all((pair := [tokenizer / "vocab.json", tokenizer / "merges.txt"])[i].is_file() for i in (0, 1)):
-        reader = ByteLevelBPETokenizer.from_file(str(pair[0]), str(pair[1]))
+    elif (vocab := tokenizer / "vocab.json").is_file() and (merges := tokenizer / "merges.txt").is_file():
+        reader = ByteLevelBPETokenizer.from_file(str(vocab), str(merges))
     else:
         raise ValueError(
             f"{tokenizer} has no tokenizer.json, nor vocab.json and merges.txt: give one with --tokenizer"

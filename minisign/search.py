@@ -1,8 +1,8 @@
 """Learning-rate searches with the same budget for every optimizer: nine rates, each twice the one before.
 
-A comparison of optimizers at one rate each compares the rates. The scripts ``experiments/learning_rates.py`` and
-``experiments/norm_placement.py`` run what :func:`search_config` describes over seeds; :func:`losses_by_rate` reads
-the whole curve from their logs.
+A comparison of optimizers at one rate each compares the rates. The scripts
+``experiments/learning_rates.py`` and ``experiments/norm_placement.py`` run what :func:`search_config`
+describes over seeds; :func:`losses_by_rate` reads the whole curve from their logs.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Contender:
 
     Args:
         optimizer, betas: as in :class:`~minisign.train.Config`.
-        lowest: the first of its nine rates, chosen in a coarse run so that the best is neither the first nor
-            the last.
+        lowest: the first of its nine rates, chosen in a coarse run so that the best is neither the first
+            nor the last.
     """
 
     optimizer: str
@@ -65,8 +65,8 @@ CONTENDERS = {
 
 
 def search_base(seed: int = 0) -> Config:
-    """What all runs of a search share: the lessons' model with GPT-2's initial weights, 400 steps, no weight
-    decay."""
+    """What all runs of a search share: the lessons' model with GPT-2's initial weights, 400 steps, no
+    weight decay."""
     return dataclasses.replace(
         lesson_config(seed), steps=400, decay=0.5, weight_decay=0.0, embedding_std=0.02
     )
@@ -113,8 +113,8 @@ def start_figures(config: Config, tokens: Tokens) -> dict[str, Any]:
 
     Returns:
         ``ratio``, the gradient norm of the last layer over that of the first; ``between layers`` (and the
-        embeddings, the last norm and the head) and ``between tensors``, the disparity of the norms; Λ_G, Λ_P,
-        ``norm`` and ``curvature`` of the former, and whether all of the curvatures ``converged``.
+        embeddings, the last norm and the head) and ``between tensors``, the disparity of the norms; Λ_G,
+        Λ_P, ``norm`` and ``curvature`` of the former, and whether all of the curvatures ``converged``.
     """
     model = build_model(config, tokens.vocab_size)
     loss, batches = partial(next_token_loss, model), start_batches(config, tokens)
@@ -140,10 +140,10 @@ def search_run(config: Config, tokens: Tokens) -> tuple[Run, dict[str, Any]]:
     """Trains a run of a search and measures it; a run that diverges has no figures but its curve.
 
     Returns:
-        The run and its figures: ``diverged``, ``val_loss`` in nats, ``curve`` (the training loss, a mean over
-        every twenty steps), ``groups`` (validation loss by tenths of the text, see
-        :func:`~minisign.probes.equal_share_groups`, of the token to predict), and the head's ``head_norm`` and
-        ``head_common``.
+        The run and its figures: ``diverged``, ``val_loss`` in nats, ``curve`` (the training loss, a mean
+        over every twenty steps), ``groups`` (validation loss by tenths of the text, see
+        :func:`~minisign.probes.equal_share_groups`, of the token to predict), and the head's ``head_norm``
+        and ``head_common``.
     """
     run = Run(config, tokens)
     try:
@@ -181,7 +181,7 @@ def losses_by_rate(
         label: of the jobs, which differ in rate and seed.
 
     Raises:
-        ValueError: no run of that label.
+        ValueError: no run of that label, or more of them at one rate than at another.
     """
     found: dict[float, list[float]] = {}
     for line in lines:
@@ -190,15 +190,19 @@ def losses_by_rate(
             found.setdefault(line["job"]["config"]["lr"], []).append(np.inf if value is None else value)
     if not found:
         raise ValueError(f"no run with label {label!r}: {sorted({x['job']['label'] for x in lines})}")
-    rates = sorted(found)
+    rates, counts = sorted(found), sorted({len(values) for values in found.values()})
+    if len(counts) > 1:
+        raise ValueError(
+            f"the rates of {label!r} have {counts[0]} to {counts[-1]} runs: is the log complete?"
+        )
     return np.array(rates), np.array([found[rate] for rate in rates])
 
 
 def rate_curve(
     lines: Sequence[dict[str, Any]], label: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The rates [n] of a condition and the mean, lowest and highest validation loss of its seeds [n] each, where
-    a run that diverged counts as one of 20 nats: to be drawn."""
+    """To be drawn: the rates [n] of a condition, and the mean, lowest and highest validation loss of its
+    seeds [n] each, where a run that diverged counts as one of 20 nats."""
     rates, losses = losses_by_rate(lines, label)
     losses = np.minimum(losses, 20.0)
     return rates, losses.mean(axis=1), losses.min(axis=1), losses.max(axis=1)

@@ -248,15 +248,15 @@ def best_sign_step(gradient_l1: float, parameters: int, curvature: float) -> tup
 
 
 def rare_class_gradient_descent(share: ArrayLike, classes: int, time: ArrayLike) -> NDArray[np.float64]:
-    """Loss of a class under gradient flow on a softmax with one-hot inputs, a column of weights for each class.
+    """Loss of a class under gradient flow on a softmax with one-hot inputs.
 
     Input k is always labelled k, and the weights start at zero. Then all other logits of input k are equal,
     and the margin z of the right one over them follows dz/dt = πc/(e^z + c − 1), so that
 
         e^z − 1 + (c − 1) z = πct,        ℓ = log(1 + (c − 1) e^−z),
 
-    and for large t, ℓ → 1/πt: a class ten times as rare takes ten times as long. That limit is from Kunstner et
-    al., arXiv 2402.19449; the law itself is derived here.
+    and for large t, ℓ → 1/πt: a class ten times as rare takes ten times as long. That limit is from
+    Kunstner et al., arXiv 2402.19449; the law itself is derived here.
 
     Args:
         share: π, how large a share of the samples the class has; any shape.

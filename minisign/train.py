@@ -59,7 +59,8 @@ class Config:
         layers, heads, width, norm, tie, head, init, embedding_std: see :class:`minisign.gpt.GPTConfig`;
             ``None`` for the last is 0.02 with tied embeddings and 0.2 without, where a wide start lets
             rows that are seldom updated stand out from the positions.
-        optimizer: ``"sgd"`` (torch's, for comparison), ``"signum"``, ``"lion"``, ``"tiger"`` or ``"adamw"``.
+        optimizer: ``"sgd"`` (torch's, for comparison), ``"signum"``, ``"lion"``, ``"tiger"`` or
+            ``"adamw"``.
         lr, weight_decay, betas: of the optimizer; ``None``, the figure of ``DEFAULTS``.
         scale, accumulate, shrink: of Tiger.
         embedding_scale: Tiger's ``scale`` on the embeddings; ``None``, by its author's rule.

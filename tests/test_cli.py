@@ -271,7 +271,13 @@ def test_bad_train(tmp_path: Path, text: str, capsys: Any) -> None:
     new, run = str(tmp_path / "new"), str(tmp_path / "run")
     shared = ["train", "--text", text, *SMALL, "--steps", "4"]
     cases = [
-        (["--optimizer", "sgd"], "unknown optimizer 'sgd': choose from signum, lion, tiger, adamw"),
+        (["--optimizer", "sdg"], "unknown optimizer 'sdg': choose from sgd, signum, lion, tiger, adamw"),
+        (
+            ["--optimizer", "sgd", "--lazy", "ids"],
+            "lazy 'ids' is not for sgd: torch.optim.SGD has no lazy rows",
+        ),
+        (["--optimizer", "sgd", "--betas", "1.5"], "Invalid beta: 1.5"),
+        (["--init", "zero"], "unknown init 'zero': choose from gpt2, xavier"),
         (["--lr", "-1"], "Invalid learning rate: -1.0"),
         (["--lr", "nan"], "Invalid learning rate: nan"),
         (["--weight-decay", "-1"], "Invalid weight_decay value: -1.0"),

@@ -194,3 +194,21 @@ def test_bad_shape(options: Any, error: Any, message: str) -> None:
 def test_too_long() -> None:
     with pytest.raises(ValueError, match="9 tokens do not fit a context of 8"):
         build()(torch.zeros(1, 9, dtype=torch.long))
+
+
+def test_xavier_matrices_keep_the_size_of_what_goes_through() -> None:
+    model = build(init="xavier", width=64, heads=4)
+    for name, p in model.named_parameters():
+        p = p.detach()
+        if p.dim() == 2 and name.startswith("blocks."):
+            fan = {"qkv": (64, 64), "out": (64, 64), "up": (256, 64), "down": (64, 256)}[
+                name.split(".")[-2]
+            ]
+            bound = (6 / sum(fan)) ** 0.5
+            assert 0.95 * bound < float(p.abs().max()) <= bound
+            assert float(p.std()) == pytest.approx(bound / 3**0.5, rel=0.05)
+    gpt2 = build(init="gpt2", width=64, heads=4)
+    assert float(gpt2.blocks[0].mlp.up.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
+    # Embeddings and head are those of the other initialization.
+    for name in ("embedding", "position", "head"):
+        assert float(getattr(model, name).weight.detach().std()) == pytest.approx(0.02, rel=0.1)

@@ -438,8 +438,12 @@ def test_the_rare_class_law_is_what_gradient_descent_does(classes: int) -> None:
 
 def test_the_rare_class_law_has_the_papers_limit() -> None:
     for share, time in ((0.1, 1e7), (1e-3, 1e10), (1e-9, 1e16)):
-        assert theory.rare_class_gradient_descent(share, 500, time) * share * time == pytest.approx(1, rel=1e-2)
-    everywhere = theory.rare_class_gradient_descent(np.geomspace(1e-12, 1, 50), 500, np.geomspace(1e-9, 1e12, 50))
+        assert theory.rare_class_gradient_descent(share, 500, time) * share * time == pytest.approx(
+            1, rel=1e-2
+        )
+    everywhere = theory.rare_class_gradient_descent(
+        np.geomspace(1e-12, 1, 50), 500, np.geomspace(1e-9, 1e12, 50)
+    )
     assert np.isfinite(everywhere).all()
 
 

@@ -21,6 +21,9 @@ from minisign.lessons import (
     fix_lazy,
     fix_tied,
     fixes_compared,
+    gradient_heterogeneity,
+    norm_placement,
+    rare_classes,
     sign_descent,
     skewed_corpus,
     why_one_over_lambda,
@@ -474,6 +477,131 @@ CASES: dict[Callable[..., Verdict], tuple[tuple[Any, ...], list[tuple[tuple[Any,
             ((one_rate_for_all,), "at step 0, with a factor of 0.1, AdamW's group has a rate of 0.0016"),
             ((rate_on_rate,), "at step 1, with a factor of 0.5, AdamW's group"),
             ((lambda optimizer, lr, factor: None,), "has a rate of 0.003"),
+        ],
+    ),
+}
+
+
+def power_iteration(product: Any, v: Any, times: int) -> float:
+    for _ in range(times):
+        v = product(v / v.norm())
+    return float(v.norm())
+
+
+def unscaled(product: Any, v: Any, times: int) -> float:
+    for _ in range(50 * times):
+        v = product(v)
+    return float(v.norm())
+
+
+def signed(product: Any, v: Any, times: int) -> float:
+    for _ in range(times):
+        v = product(v / v.norm())
+    return float((v / v.norm()) @ product(v / v.norm()))
+
+
+def post_norm(x: Any, attention: Any, mlp: Any, norm1: Any, norm2: Any) -> Any:
+    x = norm1(x + attention(x))
+    return norm2(x + mlp(x))
+
+
+def pre_norm(x: Any, attention: Any, mlp: Any, norm1: Any, norm2: Any) -> Any:
+    x = x + attention(norm1(x))
+    return x + mlp(norm2(x))
+
+
+def steps_to(loss: float, share: float, classes: int, rate: float) -> float:
+    z = np.log((classes - 1) / np.expm1(loss))
+    return float((np.expm1(z) + (classes - 1) * z) / (classes * share * rate))
+
+
+def subtract_the_columns_mean(weight: Any) -> None:
+    weight -= weight.mean(1, keepdim=True)
+
+
+def subtract_the_mean_row(weight: Any) -> None:
+    weight -= weight.mean(0)
+
+
+CASES |= {
+    gradient_heterogeneity.check_weighted: (
+        (lambda norms, sizes, bend: (np.average(bend, weights=norms**2), np.average(bend, weights=sizes)),),
+        [
+            (
+                (lambda n, sizes, bend: (np.average(bend, weights=n), np.average(bend, weights=sizes)),),
+                "the squares of the norms, the answer with the norms",
+            ),
+            ((lambda n, sizes, bend: (np.average(bend, weights=n**2), bend.mean()),), "Λ_P is"),
+            ((empty,), "still empty"),
+            ((nothing,), "returns nothing"),
+        ],
+    ),
+    gradient_heterogeneity.check_power_iteration: (
+        (power_iteration,),
+        [
+            ((unscaled,), "has to be scaled"),
+            ((signed,), "largest magnitude is -3, the answer is -3"),
+            ((lambda product, v, times: 3.0,), "never asks for a product"),
+            ((lambda product, v, times: power_iteration(product, v, 3),), "largest magnitude is 3, the"),
+            ((lambda product, v, times: power_iteration(product, v, 500),), "were asked for, it takes 500"),
+        ],
+    ),
+    gradient_heterogeneity.check_norms: (
+        (lambda grads: [g.norm() for g in grads],),
+        [
+            ((lambda grads: [g.norm() ** 0.5 for g in grads],), "is given as"),
+            ((lambda grads: [],), "of 3 gradients it gives 0 norms"),
+        ],
+    ),
+    norm_placement.check_post_norm_block: (
+        (post_norm,),
+        [
+            ((pre_norm,), "this is a pre-norm block"),
+            ((lambda x, a, m, n1, n2: n2(n1(x + a(x)) + m(x)),), "the MLP sees what came into the block"),
+            ((lambda x, a, m, n1, n2: x,), "after each of the two sums"),
+            ((empty,), "still empty"),
+        ],
+    ),
+    norm_placement.check_safe_rates: (
+        (lambda losses, margin: int((losses.max(1) <= losses.mean(1).min() + margin).sum()),),
+        [
+            (
+                (lambda losses, margin: int((losses.mean(1) <= 4.1 + margin).sum()),),
+                "0 are within 0.05 nats",
+            ),
+            ((lambda losses, margin: int((losses.min(1) <= 4.1 + margin).sum()),), "of 4.1, the answer is"),
+        ],
+    ),
+    norm_placement.check_pre_norm: (
+        (lambda x, attention, norm: x + attention(norm(x)),),
+        [
+            ((lambda x, attention, norm: norm(x) + attention(norm(x)),), "goes on with 1.0"),
+            ((lambda x, attention, norm: x,), "is not x + attention(norm(x))"),
+        ],
+    ),
+    rare_classes.check_steps_to: (
+        (steps_to,),
+        [
+            ((lambda loss, share, classes, rate: 1 / (share * rate * loss),), "nats after"),
+            ((lambda *given: -1.0,), "nats after -1 steps"),
+            ((empty,), "still empty"),
+        ],
+    ),
+    rare_classes.check_remove_common_mode: (
+        (subtract_the_mean_row,),
+        [
+            ((subtract_the_columns_mean,), "the predictions have changed"),
+            ((lambda weight: weight,), "of the squared norm are still in the mean row"),
+        ],
+    ),
+    rare_classes.check_mean_loss: (
+        (lambda batches: np.concatenate(batches).mean(),),
+        [
+            (
+                (lambda batches: np.mean([b.mean() for b in batches]),),
+                "with 1 and 9 tokens the mean over all",
+            ),
+            ((nothing,), "returns nothing"),
         ],
     ),
 }

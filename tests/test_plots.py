@@ -21,7 +21,7 @@ def drawn(figure: Figure) -> dict[str, Any]:
 
 
 def test_every_variant_has_its_own_colour_and_dash() -> None:
-    for styles in (list(plots.STYLES.values()), list(plots.CYCLE)):
+    for styles in (list(plots.STYLES.values()), list(plots.OPTIMIZERS.values()), list(plots.CYCLE)):
         assert len({color for color, _ in styles}) == len(styles)
         assert len({str(dash) for _, dash in styles}) == len(styles)
 
@@ -35,7 +35,7 @@ def test_no_two_colours_look_alike_without_red_or_without_green_cones() -> None:
         "red": np.array([[0, 2.02344, -2.52581], [0, 1, 0], [0, 0, 1]]),
         "green": np.array([[1, 0, 0], [0.494207, 0, 1.24827], [0, 0, 1]]),
     }
-    for styles in (plots.STYLES.values(), plots.CYCLE):
+    for styles in (plots.STYLES.values(), plots.OPTIMIZERS.values(), plots.CYCLE):
         linear = np.array([colors.to_rgb(color) for color, _ in styles]) ** 2.2
         for name, blind in without.items():
             seen = np.clip(linear @ (np.linalg.inv(cones) @ blind @ cones).T, 0, 1) ** (1 / 2.2)
@@ -71,6 +71,46 @@ def test_what_is_no_variant_takes_a_style_that_is_free() -> None:
     lines = drawn(plots.curves(dict.fromkeys(("hybrid", "a", "b", "lazy", "c"), (X, X))))
     used = [lines[name].get_color() for name in ("hybrid", "a", "b", "lazy", "c")]
     assert len(set(used)) == 5
+
+
+def test_panels_share_axes_and_a_label_keeps_its_style() -> None:
+    figure = plots.panels(
+        {"left": {"SGD": (X, X), "mine": (X, 2 * X)}, "right": {"mine": (X, 3 * X, X, 5 * X)}},
+        "what was run",
+        "rate",
+        "loss",
+        xscale="log",
+        ylim=(0, 9),
+    )
+    left, right = figure.axes
+    assert [ax.get_title() for ax in figure.axes] == ["left", "right"]
+    assert right.get_ylim() == left.get_ylim() == (0, 9)
+    assert left.get_xscale() == "log"
+    mine, again = left.lines[1], right.lines[0]
+    assert list(again.get_ydata()) == [3, 6, 9]
+    assert (mine.get_color(), mine.get_linestyle()) == (again.get_color(), again.get_linestyle())
+    assert left.lines[0].get_color() == plots.OPTIMIZERS["SGD"][0] != mine.get_color()
+    assert len(right.collections) == 1  # the band
+    assert not left.collections
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["SGD", "mine"]
+
+
+@pytest.mark.parametrize("curved", [False, True])
+def test_an_examination_shows_blocks_components_and_losses(curved: bool) -> None:
+    blocks = {
+        name: {"norm": 0.1, "norm_by_batch": [0.1, 0.2], "curvature": {"norm": 2.0} if curved else None}
+        for name in ("embedding", "head")
+    }
+    losses = {"0–50 %": 1.5, "50–100 %": None}
+    figure = plots.examination(blocks, {"embedding": X / 3, "head": -X / 3}, losses, "a model")
+    assert len(figure.axes) == 3 + curved
+    norms, components, tenths = figure.axes[0], *figure.axes[-2:]
+    assert [tick.get_text() for tick in norms.get_yticklabels()] == ["embedding", "head"]
+    assert [list(line.get_xdata()) for line in norms.lines[:2]] == [[0.1, 0.2], [0.1, 0.2]]
+    assert len(components.patches) == 2
+    assert [bar.get_height() for bar in tenths.patches] == [1.5]
+    if curved:
+        assert list(figure.axes[1].lines[0].get_xdata()) == [2.0, 2.0]
 
 
 @pytest.mark.parametrize("horizontal", [False, True])

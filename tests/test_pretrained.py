@@ -1,4 +1,5 @@
-"""`minisign probe` on models that were not made here: small checkpoints that transformers writes on the spot."""
+"""`minisign probe` on models that were not made here: small checkpoints that transformers writes on the
+spot."""
 
 from __future__ import annotations
 
@@ -118,7 +119,14 @@ def test_a_run_of_this_package_is_read_without_transformers(
     monkeypatch.setitem(sys.modules, "transformers", None)
     for tie in ("none", "tied"):
         config = Config(
-            corpus=CorpusConfig(words=6000), vocab_size=300, context=8, layers=2, heads=2, width=16, tie=tie, steps=1
+            corpus=CorpusConfig(words=6000),
+            vocab_size=300,
+            context=8,
+            layers=2,
+            heads=2,
+            width=16,
+            tie=tie,
+            steps=1,
         )
         run = Run(config, load_tokens(config))
         run.save(tmp_path / tie)
@@ -282,7 +290,10 @@ def test_probe_of_a_run_needs_no_text(tmp_path: Path, capsys: Any) -> None:
         corpus=CorpusConfig(words=6000), vocab_size=300, context=8, layers=2, heads=2, width=16, steps=1
     )
     Run(config, load_tokens(config)).save(tmp_path / "run")
-    assert main(["probe", "--model", str(tmp_path / "run"), "--out", str(tmp_path), "--blocks", "tensors"]) == 0
+    assert (
+        main(["probe", "--model", str(tmp_path / "run"), "--out", str(tmp_path), "--blocks", "tensors"])
+        == 0
+    )
     out = capsys.readouterr().out
     assert "bound: 1/λ" in out
     assert "attention.qkv.weight" in out

@@ -32,6 +32,7 @@ from minisign.probes import (
     state_bytes,
     take_turns,
     token_losses,
+    unigram_loss,
     zipf_exponent,
 )
 
@@ -347,6 +348,12 @@ def test_loss_by_group_goes_by_the_tokens_it_is_given() -> None:
     assert math.isnan(predicted["none"])
     read = loss_by_group(losses, windows[:, :-1], groups)
     assert [read["zero"], read["low"]] == [3.5, 3.0]
+
+
+def test_unigram_loss_is_the_cross_entropy_of_the_frequencies() -> None:
+    seen, targets = np.array([0, 0, 0, 1, 3]), np.array([[0, 1], [2, 0]])
+    shares = np.array([3.5, 1.5, 0.5, 1.5]) / 7
+    assert unigram_loss(seen, targets) == pytest.approx(-np.log(shares[targets]).mean())
 
 
 def test_state_bytes_are_those_of_the_buffers() -> None:

@@ -41,6 +41,7 @@ SMALL: dict[str, Any] = dict(
     warmup=3,
 )
 OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "sgd": {"optimizer": "sgd", "init": "xavier", "norm": "post"},
     "signum": {"optimizer": "signum"},
     "lion": {"optimizer": "lion"},
     "tiger": {},
@@ -229,7 +230,8 @@ def test_a_loss_that_is_not_finite_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"optimizer": "sgd"}, ValueError, "unknown optimizer 'sgd'"),
+        ({"optimizer": "sdg"}, ValueError, "unknown optimizer 'sdg'"),
+        ({"optimizer": "sgd", "lazy": "grad"}, ValueError, "lazy 'grad' is not for sgd"),
         ({"steps": 0}, ValueError, "steps must be 1 or more, got 0"),
         ({"steps": 1.5}, TypeError, r"steps must be a whole number, got 1\.5"),
         ({"batch": 0}, ValueError, "batch must be 1 or more, got 0"),

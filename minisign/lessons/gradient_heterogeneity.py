@@ -32,8 +32,8 @@ def check_weighted(
 
 @checker
 def check_power_iteration(answer: Callable[[Callable[[Tensor], Tensor], Tensor, int], float]) -> Verdict:
-    """``answer(product, v, times)`` → ‖H‖ after so many products of H with a vector, which ``product`` forms;
-    ``v`` [n] is what to start from."""
+    """``answer(product, v, times)`` → ‖H‖ after so many products of H with a vector, which ``product``
+    forms; ``v`` [n] is what to start from."""
     generator = torch.Generator().manual_seed(0)
     for top in (3.0, -3.0, 1e-3):
         q = torch.linalg.qr(torch.randn(12, 12, generator=generator, dtype=torch.float64))[0]

@@ -50,15 +50,15 @@ def check_post_norm_block(
 
 @checker
 def check_safe_rates(answer: Callable[[np.ndarray, float], int]) -> Verdict:
-    """``answer(losses, margin)``, losses [rates, seeds] → rates at which every seed is within ``margin`` of the
-    mean of the best rate."""
+    """``answer(losses, margin)``, losses [rates, seeds] → rates at which every seed is within ``margin`` of
+    the mean of the best rate."""
     losses = np.array([[5.0, 5.2], [4.0, 4.2], [4.2, 4.4], [4.1, 5.5], [4.0, np.inf], [np.inf, np.inf]])
     for margin, expected in ((0.05, 0), (0.15, 1), (0.35, 2), (1.5, 4)):
         given = ask(answer, losses, margin)
         if given != expected:
             return Verdict(
-                f"of the rates with the losses {losses.tolist()}, {expected} are within {margin} nats of 4.1, "
-                f"the answer is {given}"
+                f"of the rates with the losses {losses.tolist()}, {expected} are within {margin} nats of "
+                f"4.1, the answer is {given}"
             )
     return RIGHT
 
@@ -71,6 +71,8 @@ def check_pre_norm(answer: Callable[[Tensor, Function, Function], Tensor]) -> Ve
     if not torch.allclose(given, x + _attention(_norm1(x)), atol=1e-5):
         if torch.allclose(given - _attention(_norm1(x)), _norm1(x), atol=1e-5):
             size = float((given - _attention(_norm1(x))).square().mean().sqrt())
-            return Verdict(f"a stream with an RMS of {float(x.square().mean().sqrt()):.1f} goes on with {size:.1f}")
+            return Verdict(
+                f"a stream with an RMS of {float(x.square().mean().sqrt()):.1f} goes on with {size:.1f}"
+            )
         return Verdict("the result is not x + attention(norm(x))")
     return RIGHT

@@ -23,8 +23,8 @@ def check_steps_to(answer: Callable[[float, float, int, float], float]) -> Verdi
         after = float(theory.rare_class_gradient_descent(share, classes, rate * (max(steps, 0.0) + 1)))
         if not abs(reached - loss) <= max(0.01 * loss, reached - after):
             return Verdict(
-                f"a class with a share of {share:g} among {classes} has {reached:.3g} nats after {steps:.0f} steps "
-                f"at the rate {rate:g}, not {loss:g}"
+                f"a class with a share of {share:g} among {classes} has {reached:.3g} nats after "
+                f"{steps:.0f} steps at the rate {rate:g}, not {loss:g}"
             )
     return RIGHT
 

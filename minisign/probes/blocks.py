@@ -52,7 +52,9 @@ def layer_names(model: nn.Module) -> list[str]:
 def _stack(model: nn.Module) -> str:
     lists = _lists(model)
     if not lists:
-        raise ValueError(f"{type(model).__name__} has no nn.ModuleList: it is not known what its layers are")
+        raise ValueError(
+            f"{type(model).__name__} has no nn.ModuleList: it is not known what its layers are"
+        )
     return max(lists, key=lambda name: len(lists[name]))  # the first of the longest
 
 

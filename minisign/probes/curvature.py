@@ -1,10 +1,10 @@
-"""The loss's curvature in each block, and Λ: how steep it is where the gradient is, or where the parameters are.
+"""The loss's curvature in each block, and Λ: the mean of it by gradient and by number of parameters.
 
-Tomihari and Sato (arXiv 2502.00213) bound what a step can gain by the blocks' Hessians H_b. Their code takes
-PyHessian's power iteration (100 products at most, until the eigenvalue changes by less than a thousandth) on
-one mini-batch, in evaluation mode, and keeps the first *positive* eigenvalue that it meets. The bounds ask for
-the spectral norm ‖H_b‖, so what is kept here is the eigenvalue of the largest magnitude, with its sign told
-and how well it has converged.
+Tomihari and Sato (arXiv 2502.00213) bound what a step can gain by the blocks' Hessians H_b. Their code
+takes PyHessian's power iteration (100 products at most, until the eigenvalue changes by less than a
+thousandth) on one mini-batch, in evaluation mode, and keeps the first *positive* eigenvalue that it meets.
+The bounds ask for the spectral norm ‖H_b‖, so what is kept here is the eigenvalue of the largest magnitude,
+with its sign told and how well it has converged.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def block_curvatures(
         seed: of the vectors to start from.
 
     Raises:
-        ValueError: a tolerance that is not positive, fewer than one product, or a Hessian that is not finite,
-            with the block's name.
+        ValueError: a tolerance that is not positive, fewer than one product, or a Hessian that is not
+            finite, with the block's name.
     """
     if not tolerance > 0:
         raise ValueError(f"tolerance must be positive, got {tolerance}")

@@ -90,9 +90,9 @@ def frequency_groups(counts: np.ndarray) -> dict[str, np.ndarray]:
 def equal_share_groups(shares: np.ndarray, groups: int = 10) -> dict[str, np.ndarray]:
     """Tokens by frequency, in groups that make up equal shares of the text: by name, masks [V].
 
-    The first group holds the most frequent tokens, the last the rarest and those that never occur. Each group
-    has as many samples as any other, up to one token's share, so the mean of their losses is about the overall
-    loss (Kunstner et al., arXiv 2402.19449, group classes in this way).
+    The first group holds the most frequent tokens, the last the rarest and those that never occur. Each
+    group has as many samples as any other, up to one token's share, so the mean of their losses is about
+    the overall loss (Kunstner et al., arXiv 2402.19449, group classes in this way).
 
     Args:
         shares: how large a share of the text each token is [V]; they need not add up to 1.

@@ -2,8 +2,8 @@
 
 Gradient heterogeneity is the disparity of gradient norms among parameter blocks (Tomihari and Sato,
 arXiv 2502.00213, version 1). What their code stores (github tom4649/gradient-heterogeneity,
-``hessian_per_param.py``) is, for some weight tensors that it names and for each mini-batch, the 2-norm of the
-tensor's gradient, in evaluation mode. Here:
+``hessian_per_param.py``) is, for some weight tensors that it names and for each mini-batch, the 2-norm of
+the tensor's gradient, in evaluation mode. Here:
 
 * blocks are what :mod:`minisign.probes.blocks` makes them, all tensors or whole layers;
 * the norms of the mini-batches are theirs, and the norm of the full gradient, the mean over the batches,
@@ -88,7 +88,7 @@ def _by_block(
     blocks: Mapping[str, Sequence[Tensor]], tensors: Sequence[Tensor], order: int
 ) -> dict[str, float]:
     """Norm of the tensors of each block, which come in the blocks' order; one wait for the device."""
-    each = torch.stack([norm.double() for norm in torch._foreach_norm(tensors, order)]).tolist()
+    each = torch.stack([norm.double() for norm in torch._foreach_norm(list(tensors), order)]).tolist()
     norms, at = {}, 0
     for name, block in blocks.items():
         norms[name] = float(np.linalg.norm(each[at : at + len(block)], order))
@@ -99,12 +99,13 @@ def _by_block(
 def disparity(
     norms: Mapping[str, float], measure: str = "max over min", sizes: Mapping[str, int] | None = None
 ) -> float:
-    """How unequal the blocks' norms are; none of these measures is from arXiv 2502.00213, which has no figure
-    for it.
+    """How unequal the blocks' norms are; none of these measures is from arXiv 2502.00213, which has no
+    figure for it.
 
     Args:
         norms: by block.
-        measure: ``"max over min"``, the largest over the smallest, from 1, infinite if a norm is zero;
+        measure: ``"max over min"``, the largest over the smallest, from 1, infinite if a norm is zero (and
+            without meaning if one is zero but for rounding, as that of an attention's key bias);
             ``"gini"``, Gini's coefficient Σ_ij |x_i − x_j| / 2n²x̄ (Gini 1912; as a measure of sparsity,
             Hurley and Rickard, arXiv 0811.4706), from 0 (all equal) to 1 − 1/n (one has it all).
         sizes: P_b. With it each norm is divided by √P_b, which makes it the RMS of the block's entries, so
@@ -173,7 +174,9 @@ class GradientWatch:
     def now(self) -> dict[str, float]:
         """The norms of the gradients that the parameters hold at this moment, by block."""
         held = {
-            name: [g.coalesce().values() if (g := p.grad).is_sparse else g for p in ps if p.grad is not None]
+            name: [
+                g.coalesce().values() if (g := p.grad).is_sparse else g for p in ps if p.grad is not None
+            ]
             for name, ps in self.blocks.items()
         }
         full = {name: grads for name, grads in held.items() if grads}

@@ -28,12 +28,13 @@ def heterogeneity(
         loss: mean loss of a batch, a scalar.
         batches: of equal size; the gradient is that of their mean.
         blocks: what to compare.
-        hessian_batches: the curvature is that of the mean over the first so many batches; 0, none is measured.
+        hessian_batches: the curvature is that of the mean over the first so many batches; 0, none is
+            measured.
         products: of the Hessian with a vector, at most, for each block.
 
     Returns:
-        ``parameters``, ``norm`` and ``norm_l1`` of the full gradient; ``disparity``, by measure (``"gini per
-        entry"`` is of the norms over √P_b, for instance); ``lambda_g`` and ``lambda_p`` (see
+        ``parameters``, ``norm`` and ``norm_l1`` of the full gradient; ``disparity``, by measure (``"gini
+        per entry"`` is of the norms over √P_b, for instance); ``lambda_g`` and ``lambda_p`` (see
         :func:`~minisign.probes.gradient_weighted`); and ``blocks``: by name ``parameters``, ``norm``,
         ``norm_l1``, ``norm_by_batch`` (a list) and the fields of :class:`~minisign.probes.Curvature` under
         ``curvature``. Without a Hessian, ``curvature`` and the Λ are None. Loss in the units of ``loss``.
