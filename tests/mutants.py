@@ -23,6 +23,7 @@ TABLE = ROOT / "docs" / "mutants.md"
 TEXT = "Each bug is planted alone in a copy of the tree, in which the tests passed before."
 PARTS = ("minisign", "tests", "notebooks", "experiments", "data", "pyproject.toml", "README.md")
 OPTIM, THEORY, GPT = "tests/test_optim.py::", "tests/test_theory_and_probes.py::", "tests/test_gpt.py::"
+BLOCKS = "tests/test_heterogeneity.py::"
 
 
 @dataclass(frozen=True)
@@ -219,6 +220,82 @@ MUTANTS = (
         "",
         "tests/test_repair_and_finetune.py::test_fine_tuning_learns_the_second_language_and_forgets_the_first",
         "08_fixes_compared",
+    ),
+    Mutant(
+        "Λ_G weighed with the norms, not their squares",
+        "minisign/probes/curvature.py",
+        "_weighted({name: norm**2 for name, norm in norms.items()}, curvature)",
+        "_weighted({name: norm for name, norm in norms.items()}, curvature)",
+        BLOCKS + "test_the_two_means_of_the_curvature",
+        "09_gradient_heterogeneity",
+    ),
+    Mutant(
+        "a bound without its half",
+        "minisign/theory.py",
+        "return -lr * gradient_l1 + lr**2 * parameters * curvature / 2",
+        "return -lr * gradient_l1 + lr**2 * parameters * curvature",
+        BLOCKS + "test_the_bounds_are_met_where_a_blocks_curvature_is_the_same_all_round",
+        "09_gradient_heterogeneity",
+    ),
+    Mutant(
+        "power iteration that stops at once",
+        "minisign/probes/curvature.py",
+        "converged = abs(norm - before) < tolerance * norm",
+        "converged = True",
+        BLOCKS + "test_curvature_of_a_quadratic_with_chosen_eigenvalues",
+        "10_norm_placement",
+    ),
+    Mutant(
+        "a sum of gradients for their mean",
+        "minisign/probes/gradients.py",
+        "    torch._foreach_div_(total, count)\n",
+        "",
+        BLOCKS + "test_norms_of_the_mean_gradient_and_of_each_batch",
+    ),
+    Mutant(
+        "a layer's norm as the sum of its tensors'",
+        "minisign/probes/gradients.py",
+        "norms[name] = float(np.linalg.norm(each[at : at + len(block)], order))",
+        "norms[name] = float(np.sum(each[at : at + len(block)]))",
+        BLOCKS + "test_a_block_of_several_tensors_has_the_norm_of_all_its_entries",
+    ),
+    Mutant(
+        "groups with as many tokens, not as much text",
+        "minisign/probes/frequency.py",
+        "middle = (np.cumsum(shares[order]) - shares[order] / 2) / total",
+        "middle = (np.arange(len(shares)) + 0.5) / len(shares)",
+        BLOCKS + "test_groups_of_equal_shares_by_frequency",
+    ),
+    Mutant(
+        "pre-norm whatever is asked for",
+        "minisign/gpt.py",
+        "        if self.pre:\n",
+        "        if True:\n",
+        GPT + "test_norm_placement",
+        "10_norm_placement",
+    ),
+    Mutant(
+        "the rare-class law of two classes for all",
+        "minisign/theory.py",
+        "step = (np.expm1(z) + (classes - 1) * z - target) / (np.exp(z) + classes - 1)",
+        "step = (np.expm1(z) + z - target) / (np.exp(z) + 1)",
+        BLOCKS + "test_the_rare_class_law_is_what_gradient_descent_does",
+        "11_rare_classes",
+    ),
+    Mutant(
+        "the common mode of the columns",
+        "minisign/probes/saturation.py",
+        "return float(rows.mean(0).square().sum() / rows.square().sum(1).mean())",
+        "return float(rows.mean(1).square().sum() / rows.square().sum(1).mean())",
+        THEORY + "test_common_mode_is_what_all_vectors_share",
+        "11_rare_classes",
+    ),
+    Mutant(
+        "a masked model asked about all tokens",
+        "minisign/pretrained.py",
+        "targets = F.pad(windows.where(hidden, IGNORED), (1, 1), value=IGNORED)",
+        "targets = F.pad(windows, (1, 1), value=IGNORED)",
+        "tests/test_pretrained.py::test_examples_of_masked_tokens",
     ),
 )
 

@@ -10,6 +10,7 @@ import pytest
 from mutants import MUTANTS
 
 from minisign.experiment import figures, read_log, saturated
+from minisign.search import CONTENDERS, best_rate, losses_by_rate
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 FIXES = {
@@ -66,6 +67,40 @@ def test_figures_of_the_centered_head() -> None:
     text = " ".join(README.split())
     assert f"at most {max(share[True]):.0%} come near the bound".replace("%", " %") in text
     assert f"without, at least {min(share[False]):.0%} in the base form".replace("%", " %") in text
+
+
+@pytest.mark.parametrize("label", CONTENDERS)
+def test_table_of_optimizers(label: str) -> None:
+    log = read_log("learning_rates")
+    rates, losses = losses_by_rate(log, label)
+    here = losses[rates == best_rate(log, label)][0]
+    common = losses_by_rate(log, label, "head_common")[1][rates == best_rate(log, label)].mean()
+    good = int((losses.mean(axis=1) < here.mean() + 0.5).sum())
+    loss = f"{here.mean():.2f} ({here.min():.2f}–{here.max():.2f})"
+    assert f"| {label} | {loss} | {good} of {len(rates)} | {common:.2f} |" in README.splitlines()
+
+
+def test_figures_of_the_norm_placement() -> None:
+    log, text = read_log("norm_placement"), " ".join(README.split())
+
+    def times(layers: int) -> str:
+        pre, post = (
+            figures(log, f"start, xavier: {norm}, {layers} layers", "ratio") for norm in ("pre", "post")
+        )
+        return f"{np.exp(np.log(post / pre).mean()):.1f}"
+
+    def slower(label: str, layers: int) -> float:
+        pre, post = (best_rate(log, f"{label}: {norm}, {layers} layers") for norm in ("pre", "post"))
+        return pre / post
+
+    assert f"is {times(4)} times as large with post-norm as with pre-norm at four layers" in text
+    assert f"four layers, {times(8)} times at eight" in text
+    assert [slower("SGD", layers) for layers in (4, 8)] == [4, 4]
+    assert [slower("Signum", layers) for layers in (4, 8)] == [2, 4]
+    assert (
+        "a quarter of the rate under SGD, and under Signum a half (four layers) or a quarter (eight)"
+        in text
+    )
 
 
 def test_number_of_mutants() -> None:
