@@ -14,9 +14,9 @@ from minisign import theory
 from minisign.pretrained import IGNORED, Example, Subject
 from minisign.probes import (
     NEAR,
-    common_mode,
     equal_share_groups,
     extremes,
+    head_size,
     heterogeneity,
     layer_blocks,
     loss_by_group,
@@ -123,8 +123,7 @@ def matrix(weight: Tensor, weight_decay: float | None = None) -> dict[str, Any]:
         "bound_is": "the largest entry" if weight_decay is None else "1/λ",
         "near": float((weight.abs() > NEAR * bound).double().mean()),
         "rows": int(saturated_rows(weight, bound).sum()),
-        "norm": float(weight.float().norm()),
-        "common_mode": common_mode(weight),
+        **head_size(weight),
     }
 
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from minisign.probes import (
-    common_mode,
     equal_share_groups,
+    head_size,
     heterogeneity,
     layer_blocks,
     layer_names,
@@ -154,14 +154,14 @@ def search_run(config: Config, tokens: Tokens) -> tuple[Run, dict[str, Any]]:
     each = token_losses(run.model, windows)
     if not np.isfinite(each).all():
         return run, {"diverged": True, "val_loss": None, "curve": _curve(run.losses)}
-    head = run.model.head.weight.detach()
+    head = head_size(run.model.head.weight)
     return run, {
         "diverged": False,
         "val_loss": float(each.mean()),
         "curve": _curve(run.losses),
         "groups": loss_by_group(each, windows[:, 1:], equal_share_groups(tokens.shares)),
-        "head_norm": float(head.norm()),
-        "head_common": common_mode(head),
+        "head_norm": head["norm"],
+        "head_common": head["common_mode"],
     }
 
 

@@ -19,6 +19,7 @@ from minisign.probes import (
     common_mode,
     extremes,
     frequency_groups,
+    head_size,
     largest_entries,
     longest_silence,
     loss_by_group,
@@ -282,6 +283,11 @@ def test_common_mode_is_what_all_vectors_share() -> None:
     assert common_mode(own) == 0
     assert common_mode(shared.expand(2, 5, 3)) == 1
     assert common_mode((shared + own)[None]) == pytest.approx(9 / 25)
+
+
+def test_head_size_is_the_norm_and_what_all_rows_share() -> None:
+    weight = torch.tensor([[3.0, 1.0], [3.0, -1.0]])
+    assert head_size(weight) == pytest.approx({"norm": 20**0.5, "common_mode": 0.9})
 
 
 def test_rank_frequency_leaves_out_what_never_occurs() -> None:

@@ -84,6 +84,17 @@ def common_mode(vectors: Tensor) -> float:
 
 
 @torch.no_grad()
+def head_size(weight: Tensor) -> dict[str, float]:
+    """How large an output matrix [V, D] is, and how much of that softmax does not see.
+
+    Returns:
+        ``norm``, Frobenius, in the parameter's units; ``common_mode``, the share of its square that is in
+        the mean row, from 0 to 1: what is the same in every row adds the same to all logits.
+    """
+    return {"norm": float(weight.detach().float().norm()), "common_mode": common_mode(weight)}
+
+
+@torch.no_grad()
 def row_rms(weight: Tensor) -> np.ndarray:
     """RMS of each row [V], in the parameter's units."""
     rms: np.ndarray = weight.detach().float().square().mean(dim=1).sqrt().cpu().numpy()
