@@ -243,7 +243,6 @@ MUTANTS = (
         "converged = abs(norm - before) < tolerance * norm",
         "converged = True",
         BLOCKS + "test_curvature_of_a_quadratic_with_chosen_eigenvalues",
-        "10_norm_placement",
     ),
     Mutant(
         "a sum of gradients for their mean",
