@@ -255,7 +255,7 @@ def rare_class_gradient_descent(share: ArrayLike, classes: int, time: ArrayLike)
 
         e^z − 1 + (c − 1) z = πct,        ℓ = log(1 + (c − 1) e^−z),
 
-    and for large t, ℓ → 1/πt: a class ten times as rare takes ten times as long. That limit is from
+    and for large t, ℓ → (1 − 1/c)/πt: a class ten times as rare takes ten times as long. That limit is from
     Kunstner et al., arXiv 2402.19449; the law itself is derived here.
 
     Args:
