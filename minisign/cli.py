@@ -471,7 +471,8 @@ def _print_examination(found: dict[str, Any]) -> None:
     unequal = found["heterogeneity"]
     print(
         f"{found['model']}, {found['parameters']:,} parameters; loss {found['loss']:.3f} nats over "
-        f"{found['predicted']:,} tokens, {found['windows']} windows in {found['batches']} batches\n"
+        f"{found['predicted']:,} tokens ({_count(found['windows'], 'window')} in "
+        f"{_count(found['batches'], 'batch', 'es')})\n"
     )
     curved = unequal["lambda_g"] is not None
     blocks = _table("Gradient by block", "block", "entries", "‖g‖", "per entry", "one batch")
@@ -487,14 +488,14 @@ def _print_examination(found: dict[str, Any]) -> None:
         more = []
         if bend:
             more = [f"{bend['norm']:.3g}{'' if bend['converged'] else ' …'}", f"{bend['residual']:.2f}"]
-        low, high = min(block["norm_by_batch"]), max(block["norm_by_batch"])
+        low, high = (f"{f(block['norm_by_batch']):.3g}" for f in (min, max))
         per_entry = block["norm"] / block["parameters"] ** 0.5
         blocks.add_row(
             ".".join(name.split(".")[depth:]),
             f"{block['parameters']:,}",
             f"{block['norm']:.3g}",
             f"{per_entry:.2g}",
-            f"{low:.3g}–{high:.3g}",
+            low if low == high else f"{low}–{high}",
             *more,
         )
     _print_whole(blocks)
@@ -503,11 +504,16 @@ def _print_examination(found: dict[str, Any]) -> None:
         for name, value in unequal["disparity"].items()
     }
     print(
-        f"disparity: largest over smallest {of['max over min']} "
+        f"‖g‖ of the blocks: largest over smallest {of['max over min']} "
         f"(per entry {of['max over min per entry']}), Gini {of['gini']} (per entry {of['gini per entry']})"
     )
     if curved:
-        print(f"Λ_G {unequal['lambda_g']:.3g}, Λ_P {unequal['lambda_p']:.3g}; … not converged")
+        means = f"Λ_G {unequal['lambda_g']:.3g}, by entries Λ_P {unequal['lambda_p']:.3g}"
+        print(f"mean ‖H‖ by squared gradient {means}")
+        if not all(block["curvature"]["converged"] for block in unequal["blocks"].values()):
+            print("… not converged: ‖H‖, and Λ, are too small; give --curvature more products")
+    if still := sum(block["norm"] == 0 for block in unequal["blocks"].values()):
+        print(f"{_count(still, 'block')} without gradient: not used by the loss")
     print()
     matrices = _table(
         "Embedding and head", "matrix", "smallest", "largest", "bound", "near", "rows", "‖W‖", "common"
@@ -528,8 +534,9 @@ def _print_examination(found: dict[str, Any]) -> None:
     print(f"loss by tenths of the text: {', '.join(losses)}")
     print(
         "\n‖g‖: gradient norm over all batches; per entry: over √entries; one batch: lowest and highest.\n"
-        f"bound: {m['bound_is']}; near: share of the components beyond 0.8 of it; rows: with more than a "
-        "tenth there.\n"
+        + ("‖H‖: size of the block's top Hessian eigenvalue; residual: how far from converged.\n" * curved)
+        + f"bound: {m['bound_is']}; near: share of the components beyond 0.8 of it; rows: with more than a "
+        "tenth of theirs there.\n"
         "common: how much of the rows is the same in all, 0 to 1. Tenths: the most frequent tokens first."
     )
 
@@ -545,6 +552,10 @@ def _table(title: str, first: str, *columns: str) -> Any:
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     return table
+
+
+def _count(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number:,} {noun}{plural * (number != 1)}"
 
 
 def _print_whole(table: Any) -> None:

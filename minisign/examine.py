@@ -58,9 +58,9 @@ def examine(
     if blocks not in BLOCKS:
         raise ValueError(f"unknown blocks {blocks!r}: choose from {', '.join(BLOCKS)}")
     if products < 0:
-        raise ValueError(f"products must be 0 or more, got {products}")
-    if weight_decay is not None and not weight_decay > 0:
-        raise ValueError(f"weight decay must be positive, got {weight_decay}")
+        raise ValueError(f"curvature takes 0 products or more, got {products}")
+    if weight_decay is not None and not 0 < weight_decay < np.inf:
+        raise ValueError(f"weight decay must be positive and finite, got {weight_decay}")
     with torch.no_grad():
         losses = torch.cat([subject.losses(batch) for batch in batches])
     targets = torch.cat([target for _, target in batches])

@@ -340,40 +340,47 @@ def examination(
     """What ``minisign probe`` found: norms by block, the matrices' components, losses by frequency.
 
     Args:
-        blocks: by name, ``norm``, ``norm_by_batch`` and perhaps ``curvature`` with its ``norm``; a norm of
-            zero is not drawn.
+        blocks: by name, ``norm``, ``norm_by_batch`` and perhaps ``curvature`` with its ``norm`` and whether
+            it has ``converged``; a norm of zero is not drawn.
         components: by matrix, entries over its bound [n].
         losses: by tenth of the text, in nats; None where there was nothing to predict.
         title: what was measured.
     """
     names = list(blocks)
     curved = any(block["curvature"] for block in blocks.values())
-    figure, axes = new_figure(13.5, max(3.6, 1.3 + 0.2 * len(names)), columns=4 if curved else 3)
+    height = min(16.0, max(3.6, 1.3 + 0.2 * len(names)))
+    figure, axes = new_figure(13.5, height, columns=4 if curved else 3)
     at = np.arange(len(names))
     norms = axes[0]
     for i, block in enumerate(blocks.values()):
         norms.plot(block["norm_by_batch"], [i] * len(block["norm_by_batch"]), ".", color=SKY, markersize=4)
     norms.plot([block["norm"] for block in blocks.values()], at, "o", color=BLUE, markersize=4)
-    norms.set(xlabel="gradient norm: all batches (large), each (small)", xscale="log")
-    norms.set_yticks(at, names, fontsize=7)
+    norms.set(xlabel="gradient norm (pale: single batches)", xscale="log")
+    norms.set_yticks(at, names, fontsize=min(7.0, 60 * height / len(names)))
     norms.invert_yaxis()  # the input on top
+    every = [norm for block in blocks.values() for norm in (block["norm"], *block["norm_by_batch"])]
+    if drawn := [math.log10(norm) for norm in every if norm]:  # whole decades, so that ticks have labels
+        norms.set_xlim(10.0 ** math.floor(min(drawn) - 0.05), 10.0 ** math.ceil(max(drawn) + 0.05))
     norms.xaxis.set_minor_formatter(NullFormatter())
     if curved:
-        axes[1].plot(
-            [block["curvature"]["norm"] for block in blocks.values()], at, "s", color=RED, markersize=4
-        )
-        axes[1].set(xlabel="curvature ‖H‖", xscale="log", ylim=norms.get_ylim())
+        for i, block in enumerate(blocks.values()):
+            fill = RED if block["curvature"]["converged"] else "none"
+            axes[1].plot(block["curvature"]["norm"], i, "s", color=RED, markerfacecolor=fill, markersize=4)
+        axes[1].set(xlabel="curvature ‖H‖ (hollow: not converged)", xscale="log", ylim=norms.get_ylim())
         axes[1].set_yticks(at, [""] * len(names))
     sizes, tenths = axes[-2:]
     edges = np.linspace(-1.05, 1.05, 43)
     for (name, values), (color, dash) in zip(components.items(), CYCLE, strict=False):
-        share = np.histogram(np.asarray(values), edges)[0] / np.asarray(values).size
+        inside = np.clip(np.asarray(values), edges[0], edges[-1])  # what is beyond counts in the last bin
+        share = np.histogram(inside, edges)[0] / inside.size
         sizes.stairs(share, edges, color=color, linestyle=dash, label=name)
-    sizes.set(xlabel="component / bound", ylabel="share of components", yscale="log")
+    sizes.set(xlabel="component / bound", ylabel="share of components", yscale="log", ylim=(1e-6, 2))
     sizes.legend(fontsize=8)
-    shown = {name: value for name, value in losses.items() if value is not None}
-    tenths.bar(list(shown), list(shown.values()), color=GREEN)
-    tenths.tick_params(axis="x", rotation=60, labelsize=7)
-    tenths.set(xlabel="tenth of the text, frequent tokens first", ylabel="loss, nats")
+    shown = {i: value for i, value in enumerate(losses.values()) if value is not None}
+    tenths.plot(list(shown), list(shown.values()), "D", color=GREEN, markersize=5)
+    tenths.set_xticks(range(len(losses)), list(losses), rotation=60, fontsize=7)
+    tenths.set(xlabel="tenth of the text, rarest last", ylabel="loss, nats")
+    for ax in axes:
+        ax.xaxis.label.set_size(8)
     figure.suptitle(title, fontsize=10)
     return figure

@@ -7,6 +7,7 @@ shards), which need the extra ``hf``, and this package's own runs. Nothing is do
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -103,8 +104,8 @@ def examples(
     found = len(text) // take
     if found < batches:
         raise ValueError(
-            f"the text has {len(text)} tokens, {found} windows of {take}: {batches} batches need as many "
-            "windows"
+            f"the text has {len(text)} tokens, too few for {batches} batches of one window of {take} or "
+            "more: give more text, or a smaller --length or --batches"
         )
     count = batches * min(size, found // batches)
     starts = np.linspace(0, found - 1, count).astype(np.int64) * take
@@ -135,8 +136,9 @@ def load_subject(path: Path, tokenizer: Path | None = None) -> Subject:
         ValueError: nothing there, an unknown architecture, the extra ``hf`` not installed, a damaged file,
             weights that do not fit, no tokenizer.
     """
-    if not path.exists():
-        raise ValueError(f"there is no {path}")
+    for given in (path, tokenizer):
+        if given is not None and not given.exists():
+            raise ValueError(f"there is no {given}")
     folder = path if path.is_dir() else path.parent
     config = _read_json(folder / CONFIG)
     if {"corpus", "optimizer"} <= config.keys():
@@ -163,7 +165,7 @@ def _own(path: Path, fields: dict[str, Any]) -> Subject:
         if set(missing) - {"head.weight", "embedding.weight"} or len(missing) > (config.tie != "none"):
             raise ValueError(f"it has no {missing[0]}")
     except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} does not fit its configuration: {_first_line(error)}") from None
+        raise ValueError(f"{path} does not fit its configuration: {_reason(error)}") from None
     return Subject(
         f"minisign's GPT, {config.layers} layers, {config.norm}-norm",
         model,
@@ -200,22 +202,40 @@ def _hugging_face(path: Path, folder: Path, architecture: str, tokenizer: Path) 
                 state_dict=weights,
                 attn_implementation="eager",
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported, and refused below
             )
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} does not fit {folder / CONFIG}: {_first_line(error)}") from None
+    except Exception as error:  # what a bad config raises depends on which field is bad
+        raise ValueError(
+            f"{folder / CONFIG} is not one that transformers takes: {_reason(error)}"
+        ) from None
+    for name, found, expected in sorted(report["mismatched_keys"]):
+        raise ValueError(
+            f"{path} does not fit {folder / CONFIG}: {name} is {list(found)}, by the configuration "
+            f"{list(expected)}"
+        )
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
-            f"{path} has no {missing[0]}: it is no language model ({len(missing)} tensors are missing)"
+            f"{path} has no {missing[0]} ({len(missing)} tensors are missing): it is no whole language "
+            "model (of a checkpoint in shards, give the folder)"
+        )
+    layers = {match[1] for name in weights if (match := re.search(r"(?:^|\.)(?:h|layer)\.(\d+)\.", name))}
+    if len(layers) != config.num_hidden_layers:
+        raise ValueError(
+            f"{path} has {len(layers)} layers, {config.num_hidden_layers} by {folder / CONFIG}"
         )
     model = model.float().eval()
-    if (json_file := tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer).is_file():
-        try:
+    vocab, merges = tokenizer / "vocab.json", tokenizer / "merges.txt"
+    try:
+        if (json_file := tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer).is_file():
             reader = Tokenizer.from_file(str(json_file))
-        except Exception as error:  # tokenizers raises nothing narrower
-            raise ValueError(f"{json_file} is not a tokenizer: {_first_line(error)}") from None
-    elif (vocab := tokenizer / "vocab.json").is_file() and (merges := tokenizer / "merges.txt").is_file():
-        reader = ByteLevelBPETokenizer.from_file(str(vocab), str(merges))
-    else:
+        elif vocab.is_file() and merges.is_file():
+            json_file = vocab
+            reader = ByteLevelBPETokenizer.from_file(str(vocab), str(merges))
+        else:
+            reader = None
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(f"{json_file} is not a tokenizer: {_reason(error)}") from None
+    if reader is None:
         raise ValueError(
             f"{tokenizer} has no tokenizer.json, nor vocab.json and merges.txt: give one with --tokenizer"
         )
@@ -225,7 +245,10 @@ def _hugging_face(path: Path, folder: Path, architecture: str, tokenizer: Path) 
         if mask is None:
             raise ValueError(f"the tokenizer of {tokenizer} has no <mask>, which a masked model needs")
         masked = (mask, config.bos_token_id, config.eos_token_id)
-        context -= config.pad_token_id + 1  # positions are counted from there
+        for what, value in zip(("<mask>", "bos_token_id", "eos_token_id"), masked, strict=True):
+            if not isinstance(value, int) or not 0 <= value < config.vocab_size:
+                raise ValueError(f"{what} is {value}, not one of the model's {config.vocab_size} tokens")
+        context -= (config.pad_token_id or 0) + 1  # positions are counted from there
     return Subject(
         f"{architecture}, {config.num_hidden_layers} layers",
         model,
@@ -243,18 +266,20 @@ def _weights(path: Path) -> dict[str, Tensor]:
     if path.is_file():
         files = [path]
     elif (path / INDEX).is_file():
-        shards = _read_json(path / INDEX).get("weight_map", {})
+        shards = _read_json(path / INDEX).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise ValueError(f"{path / INDEX} has no weight_map from tensors to files")
         files = [path / name for name in sorted(set(shards.values()))]
     else:
         files = [path / MODEL]
     tensors: dict[str, Tensor] = {}
     for file in files:
         if not file.is_file():
-            raise ValueError(f"there is no {file.name} in {file.parent}")
+            raise ValueError(f"there is no {file.name} in {file.parent} (only safetensors are read)")
         try:
             tensors |= load_file(file)
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is damaged or not a safetensors file: {_first_line(error)}") from None
+            raise ValueError(f"{file} is damaged or not a safetensors file: {_reason(error)}") from None
     return {name: x.float() if x.is_floating_point() else x for name, x in tensors.items()}
 
 
@@ -285,5 +310,6 @@ def _quiet(transformers: Any) -> Iterator[None]:
             logs.enable_progress_bar()
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _reason(error: Exception) -> str:
+    """An error in one line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -98,7 +98,11 @@ def test_panels_share_axes_and_a_label_keeps_its_style() -> None:
 @pytest.mark.parametrize("curved", [False, True])
 def test_an_examination_shows_blocks_components_and_losses(curved: bool) -> None:
     blocks = {
-        name: {"norm": 0.1, "norm_by_batch": [0.1, 0.2], "curvature": {"norm": 2.0} if curved else None}
+        name: {
+            "norm": 0.1,
+            "norm_by_batch": [0.1, 0.2],
+            "curvature": {"norm": 2.0, "converged": name == "head"} if curved else None,
+        }
         for name in ("embedding", "head")
     }
     losses = {"0–50 %": 1.5, "50–100 %": None}
@@ -108,9 +112,25 @@ def test_an_examination_shows_blocks_components_and_losses(curved: bool) -> None
     assert [tick.get_text() for tick in norms.get_yticklabels()] == ["embedding", "head"]
     assert [list(line.get_xdata()) for line in norms.lines[:2]] == [[0.1, 0.2], [0.1, 0.2]]
     assert len(components.patches) == 2
-    assert [bar.get_height() for bar in tenths.patches] == [1.5]
+    assert [list(x) for x in tenths.lines[0].get_data()] == [[0], [1.5]]
+    assert [tick.get_text() for tick in tenths.get_xticklabels()] == list(
+        losses
+    )  # the empty one keeps its place
+    assert norms.get_xlim() == pytest.approx((0.01, 1))  # whole decades
     if curved:
-        assert list(figure.axes[1].lines[0].get_xdata()) == [2.0, 2.0]
+        hollow, full = figure.axes[1].lines
+        assert (hollow.get_markerfacecolor(), full.get_markerfacecolor()) == ("none", plots.RED)
+        assert [list(line.get_xdata()) for line in (hollow, full)] == [[2.0], [2.0]]
+
+
+def test_components_beyond_the_bound_count_in_the_last_bin() -> None:
+    blocks = {"head": {"norm": 0.1, "norm_by_batch": [0.1], "curvature": None}}
+    figure = plots.examination(
+        blocks, {"head": np.array([0.0, 5.0, -7.0, 9.0])}, {"0–100 %": 1.0}, "a model"
+    )
+    [stairs] = figure.axes[1].patches
+    values = stairs.get_data().values
+    assert (values[0], values[-1], values.sum()) == (0.25, 0.5, 1.0)
 
 
 @pytest.mark.parametrize("horizontal", [False, True])

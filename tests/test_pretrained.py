@@ -184,13 +184,13 @@ def test_a_short_text_gives_smaller_batches_and_a_shorter_one_an_error(made: Pat
     batches = examples(subject, list(range(100)), batches=3, size=8, length=9)
     assert [len(x) for x, _ in batches] == [3, 3, 3]
     for options, message in (
-        (dict(length=50), "the text has 100 tokens, 1 windows of 51: 3 batches need as many"),
+        (dict(length=50), "100 tokens, too few for 3 batches of one window of 51 or more: give more"),
         (dict(length=25), "length must be 2 to 24 tokens here, got 25"),
         (dict(length=1), "length must be 2 to 24 tokens here, got 1"),
         (dict(batches=0), "batches must be 1 or more, got 0"),
         (dict(size=-1), "batch must be 1 or more, got -1"),
     ):
-        context = 200 if "the text" in message else 24
+        context = 200 if "too few" in message else 24
         object.__setattr__(subject, "context", context)
         with pytest.raises(ValueError, match=message):
             examples(subject, list(range(100)), **{"batches": 3, "size": 8, "length": 9, **options})
@@ -253,8 +253,9 @@ def test_what_cannot_be_examined(made: Path) -> None:
     batches = examples(subject, list(range(100)), batches=1, size=1, length=9)
     for options, message in (
         (dict(blocks="heads"), "unknown blocks 'heads': choose from layers, tensors"),
-        (dict(products=-1), "products must be 0 or more, got -1"),
-        (dict(weight_decay=0.0), "weight decay must be positive, got 0.0"),
+        (dict(products=-1), "curvature takes 0 products or more, got -1"),
+        (dict(weight_decay=0.0), "weight decay must be positive and finite, got 0.0"),
+        (dict(weight_decay=float("inf")), "weight decay must be positive and finite, got inf"),
     ):
         with pytest.raises(ValueError, match=message):
             examine(subject, batches, list(range(100)), **options)
@@ -365,10 +366,34 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "there is no model.safetensors in"),
     "truncated weights": (truncate, "model.safetensors is damaged or not a safetensors file"),
     "empty weights": (empty, "model.safetensors is damaged or not a safetensors file"),
-    "a tensor is missing": (lose_a_tensor, "has no transformer.h.1.attn.c_attn.weight: it is no language"),
+    "a tensor is missing": (
+        lose_a_tensor,
+        "has no transformer.h.1.attn.c_attn.weight (1 tensors are missing)",
+    ),
     "a shard is missing": (lose_a_shard, "there is no model-00002-of-"),
-    "no language model": (other_kind_of_model, "it is no language model"),
-    "other shapes": (spoil_config(n_embd=8), "does not fit"),
+    "no language model": (other_kind_of_model, "it is no whole language model"),
+    "other shapes": (
+        spoil_config(n_embd=8),
+        "transformer.h.0.attn.c_attn.bias is [48], by the configuration [24]",
+    ),
+    "fewer layers in the config": (spoil_config(n_layer=2), "has 3 layers, 2 by"),
+    "more layers in the config": (spoil_config(n_layer=4), "it is no whole language model"),
+    "a field of another kind": (spoil_config(n_layer="three"), "is not one that transformers takes"),
+    "unknown activation": (
+        spoil_config(activation_function="?"),
+        "is not one that transformers takes: '?'",
+    ),
+    "index without a map": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}'),
+        "has no weight_map from tensors to files",
+    ),
+    "broken vocabulary": (
+        lambda f: [
+            (f / "tokenizer.json").unlink(),
+            *((f / x).write_text("{") for x in ("vocab.json", "merges.txt")),
+        ],
+        "vocab.json is not a tokenizer",
+    ),
     "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "is not a tokenizer"),
     "no tokenizer": (
         lambda f: (f / "tokenizer.json").unlink(),
@@ -392,15 +417,61 @@ def test_bad_arguments_get_one_clear_line(made: Path, tmp_path: Path, capsys: An
     model = ["--model", made / "gpt2", "--out", tmp_path]
     text = ["--text", made / "text.txt"]
     assert "there is no" in probe_fails(capsys, "--model", tmp_path / "nothing", *text)
+    nowhere = tmp_path / "nowhere"
+    assert f"there is no {nowhere}" in probe_fails(capsys, *model, *text, "--tokenizer", nowhere)
     assert "brings no text: give one with --text" in probe_fails(capsys, *model)
     assert "length must be 2 to 24" in probe_fails(capsys, *model, *text, "--length", 99)
     assert "unknown blocks 'x'" in probe_fails(capsys, *model, *text, "--blocks", "x")
-    assert "weight decay must be positive, got -1.0" in probe_fails(
+    assert "weight decay must be positive and finite, got -1.0" in probe_fails(
         capsys, *model, *text, "--weight-decay", -1
     )
     (tmp_path / "short.txt").write_text("a few words")
-    assert "batches need as many windows" in probe_fails(capsys, *model, "--text", tmp_path / "short.txt")
+    assert "too few for 4 batches of one window of 25 or more" in probe_fails(
+        capsys, *model, "--text", tmp_path / "short.txt"
+    )
     assert not (tmp_path / "probe.json").exists()
+
+
+@pytest.mark.parametrize("begin", [50256, None])
+def test_a_masked_model_needs_tokens_to_put_around_a_window(
+    made: Path, tmp_path: Path, capsys: Any, begin: int | None
+) -> None:
+    shutil.copytree(made / "roberta", tmp_path / "roberta")
+    spoil_config(bos_token_id=begin)(tmp_path / "roberta")
+    err = probe_fails(capsys, "--model", tmp_path / "roberta", "--text", made / "text.txt")
+    assert f"bos_token_id is {begin}, not one of the model's {VOCAB} tokens" in err
+
+
+def test_what_the_loss_does_not_use_is_told(made: Path, tmp_path: Path, capsys: Any) -> None:
+    config = build("roberta").config
+    config.tie_word_embeddings = False  # the head then has a bias of its own, and one that is not used
+    save(transformers.RobertaForMaskedLM(config), tmp_path / "model")
+    argv = [
+        "probe",
+        "--model",
+        str(tmp_path / "model"),
+        "--text",
+        str(made / "text.txt"),
+        "--blocks",
+        "tensors",
+    ]
+    argv += [
+        "--tokenizer",
+        str(made / "roberta"),
+        "--out",
+        str(tmp_path),
+        "--length",
+        "20",
+        "--curvature",
+        "2",
+    ]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    unused = json.loads((tmp_path / "probe.json").read_text())["heterogeneity"]
+    still = [name for name, block in unused["blocks"].items() if block["norm"] == 0]
+    assert (unused["disparity"]["max over min"] is None) == bool(still)
+    assert ("without gradient: not used by the loss" in out) == bool(still)
+    assert "not converged: ‖H‖, and Λ, are too small" in out
 
 
 def test_a_masked_model_needs_a_mask(made: Path, tmp_path: Path, capsys: Any) -> None:
