@@ -381,6 +381,6 @@ def examination(
     tenths.set_xticks(range(len(losses)), list(losses), rotation=60, fontsize=7)
     tenths.set(xlabel="tenth of the text, rarest last", ylabel="loss, nats")
     for ax in axes:
-        ax.xaxis.label.set_size(8)
+        ax.xaxis.label.set_fontsize(8)
     figure.suptitle(title, fontsize=10)
     return figure
