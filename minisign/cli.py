@@ -290,7 +290,8 @@ def run_reproduce(args: argparse.Namespace) -> int:
 
 
 def run_train(args: argparse.Namespace) -> int:
-    from minisign.train import Config, Run, load_tokens, pick_device, prepare_out, train, validation_loss
+    from minisign.files import prepare_out
+    from minisign.train import Config, Run, load_tokens, pick_device, train, validation_loss
 
     if args.out is None and args.resume is None:
         raise ValueError("train needs --out DIR, or --resume DIR to go on from")
@@ -332,9 +333,9 @@ def run_train(args: argparse.Namespace) -> int:
 
 def run_probe(args: argparse.Namespace) -> int:
     from minisign.examine import examine, write_examination
+    from minisign.files import prepare_out
     from minisign.pretrained import examples, load_subject
     from minisign.tokenizer import read_text
-    from minisign.train import prepare_out
 
     subject = load_subject(args.model, args.tokenizer)
     prepare_out(args.out)
@@ -356,7 +357,7 @@ def run_probe(args: argparse.Namespace) -> int:
 
 def run_corpus(args: argparse.Namespace) -> int:
     from minisign.corpus import CorpusConfig, generate, sha256
-    from minisign.train import prepare_out, write_whole
+    from minisign.files import prepare_out, write_whole
 
     config = CorpusConfig(args.words, args.exponent, args.rare_share, args.seed)
     prepare_out(args.out.parent)

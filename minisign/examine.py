@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from minisign import theory
+from minisign.files import write_json, write_whole
 from minisign.pretrained import IGNORED, Example, Subject
 from minisign.probes import (
     NEAR,
@@ -23,7 +24,6 @@ from minisign.probes import (
     saturated_rows,
     tensor_blocks,
 )
-from minisign.train import write_json, write_whole
 
 BLOCKS = {"layers": layer_blocks, "tensors": tensor_blocks}
 

@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from minisign.train import Config, write_whole
+from minisign.files import write_whole
+from minisign.train import Config
 
 Figures = dict[str, Any]
 

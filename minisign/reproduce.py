@@ -19,17 +19,15 @@ import numpy as np
 import torch
 
 from minisign import theory
+from minisign.files import prepare_out, write_json, write_whole
 from minisign.probes import extremes, frequent_tokens, rare_tokens, row_rms, saturation
 from minisign.tokenizer import Tokens
 from minisign.train import (
     Config,
     Run,
     load_tokens,
-    prepare_out,
     train,
     validation_loss,
-    write_json,
-    write_whole,
 )
 
 FORMS = ("rms", "base")

@@ -165,6 +165,71 @@ def isolated_adamw_move(lr: float, beta1: float = 0.9, beta2: float = 0.999) -> 
     return lr * (1 - beta1) / math.sqrt(1 - beta2) / (1 - beta1 / math.sqrt(beta2))
 
 
+def adam_ratio_std(beta1: float, correlation: ArrayLike = 0.0) -> NDArray[np.float64]:
+    """Standard deviation of Adam's r = m̂/√v̂ for gradients of mean zero, if v hardly varies (β₂ near 1).
+
+    √((1 − β₁)/(1 + β₁) · (1 + β₁ρ)/(1 − β₁ρ)): the variance of an average with weights (1 − β₁)β₁ʲ over
+    that of one gradient, if two gradients j steps apart have a correlation of ρʲ. With ρ = 0 that of arXiv
+    2304.09871.
+
+    Args:
+        beta1: β₁.
+        correlation: ρ in (−1, 1] of successive gradients; any shape.
+    """
+    rho = np.asarray(correlation, dtype=np.float64)
+    return np.asarray(np.sqrt((1 - beta1) / (1 + beta1) * (1 + beta1 * rho) / (1 - beta1 * rho)))
+
+
+def adam_ratio_std_with_mean(beta1: float, correlation: ArrayLike) -> NDArray[np.float64]:
+    """The same if successive gradients are alike since each has the same mean over time, and noise on it
+    that is independent: √(ρ + (1 − ρ)(1 − β₁)/(1 + β₁)).
+
+    An entry's mean μ and noise σ give a cosine of successive gradients of ρ = μ²/(μ² + σ²), of which an
+    average over time keeps the mean whole. The standard deviation is that over entries, whose means have
+    either sign.
+
+    Args:
+        beta1: β₁.
+        correlation: ρ in [0, 1], the cosine of successive gradients; any shape.
+    """
+    rho = np.asarray(correlation, dtype=np.float64)
+    return np.asarray(np.sqrt(rho + (1 - rho) * (1 - beta1) / (1 + beta1)))
+
+
+def adam_largest_ratio(beta1: float, beta2: float, steps: float = math.inf) -> float:
+    """Largest |r| that Adam can come to in so many steps, whatever the gradients.
+
+    m̂ = (1 − β₁)/(1 − β₁ᵗ) Σ β₁ʲ g_j and v̂ likewise, so by Cauchy and Schwarz
+    |r| ≤ (1 − β₁)/(1 − β₁ᵗ) · √((1 − β₂ᵗ)/(1 − β₂)) · √(Σ_{j<t} (β₁²/β₂)ʲ), attained by gradients in
+    proportion to (β₁/β₂)ʲ, j steps back: a burst that grows. 1 for the first step.
+
+    Args:
+        beta1, beta2: with β₁² < β₂ unless ``steps`` is finite.
+        steps: t.
+
+    Raises:
+        ValueError: β₁² ≥ β₂ and no end of steps: there is no bound.
+    """
+    q = beta1**2 / beta2
+    if steps == math.inf:
+        if q >= 1:
+            raise ValueError(f"beta1 {beta1} and beta2 {beta2}: without β₁² < β₂ the ratio has no bound")
+        return (1 - beta1) / math.sqrt((1 - beta2) * (1 - q))
+    total = steps if q == 1 else (1 - q**steps) / (1 - q)
+    corrections = math.sqrt((1 - beta2**steps) / (1 - beta2)) / (1 - beta1**steps)
+    return (1 - beta1) * corrections * math.sqrt(total)
+
+
+def box(weight_decay: float, largest_ratio: float = 1.0) -> float:
+    """R/λ: no entry of θ ← θ − η(r + λθ) leaves ±R/λ if |r| ≤ R, ηλ ≤ 1 and it started inside.
+
+    Since |θ'| ≤ (1 − ηλ)|θ| + ηR. For Lion and the other sign methods R = 1, and it is :func:`bound`. For
+    AdamW R is :func:`adam_largest_ratio`; while v keeps up with the gradients |r| ≤ 1, so that AdamW too
+    ends in ±1/λ (Xie and Li, arXiv 2404.04454).
+    """
+    return largest_ratio * bound(weight_decay)
+
+
 def tied_initial_loss(vocab_size: int, width: int, std: float, position_std: float = 0.0) -> float:
     """Loss at the start, in nats, of a model whose output matrix is its embedding, without a half-swap.
 

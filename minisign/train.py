@@ -9,9 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import pickle
 import time
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minisign.corpus import DEFAULT as DEFAULT_CORPUS, CorpusConfig, generate
+from minisign.files import read_checkpoint, write_json, write_whole
 from minisign.gpt import GPT, GPTConfig
 from minisign.optim import AdamW, Hybrid, Lion, Signum, Tiger, param_groups, track_rows
 from minisign.optim.base import check_number
@@ -62,6 +61,8 @@ class Config:
         optimizer: ``"sgd"`` (torch's, for comparison), ``"signum"``, ``"lion"``, ``"tiger"`` or
             ``"adamw"``.
         lr, weight_decay, betas: of the optimizer; ``None``, the figure of ``DEFAULTS``.
+        eps: ε of AdamW, in the units of the gradient.
+        clip: largest 2-norm of the whole gradient, to which a larger one is scaled down; ``None`` for none.
         scale, accumulate, shrink: of Tiger.
         embedding_scale: Tiger's ``scale`` on the embeddings; ``None``, by its author's rule.
         lazy, lazy_momentum: of the embeddings' group.
@@ -91,6 +92,8 @@ class Config:
     lr: float | None = None
     weight_decay: float | None = None
     betas: tuple[float, ...] | None = None
+    eps: float = 1e-8
+    clip: float | None = None
     scale: str | float = "rms"
     embedding_scale: str | float | None = None
     accumulate: int = 1
@@ -112,6 +115,11 @@ class Config:
             )
         if not 0 <= self.decay <= 1:
             raise ValueError(f"decay must be in [0, 1], got {self.decay}")
+        check_number("eps", self.eps, 0.0)
+        if self.clip is not None:
+            check_number("clip", self.clip, 0.0)
+            if not self.clip:
+                raise ValueError("clip must be positive, got 0: it would stop the training")
         for name, least in (("batch", 1), ("steps", 1), ("warmup", 0), ("seed", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
@@ -224,7 +232,7 @@ def _optimizer(name: str, groups: list[dict[str, Any]], config: Config) -> torch
     if name == "lion":
         return Lion(groups, lr, (betas[0], betas[1]), decay)
     if name == "adamw":
-        return AdamW(groups, lr, (betas[0], betas[1]), weight_decay=decay)
+        return AdamW(groups, lr, (betas[0], betas[1]), config.eps, decay)
     return Tiger(
         groups,
         lr,
@@ -304,7 +312,7 @@ class Run:
                 ``steps`` that the run cannot have.
         """
         path = directory / CHECKPOINT
-        saved = read_checkpoint(path)
+        saved = read_checkpoint(path, FORMAT)
         try:
             config = Config.from_json(json.loads(saved["config"]))
             if steps is not None and steps != config.steps:
@@ -340,6 +348,7 @@ def train(
     callback: Callable[[Run], object] | None = None,
     every: int = 10,
     stop: Callable[[], bool] = lambda: False,
+    may_step: Callable[[Tensor], bool] = lambda loss: True,
 ) -> Run:
     """Trains until ``run.config.steps``.
 
@@ -348,6 +357,8 @@ def train(
         callback: called after every ``every`` steps and after the last.
         every: steps between calls; also how often the device is waited for.
         stop: asked before every step; True ends the training between two steps.
+        may_step: given the loss when its gradient is there; False leaves the update out. That of a
+            :class:`~minisign.guard.SpikeGuard` is its ``check``.
 
     Raises:
         FloatingPointError: the loss is no longer finite.
@@ -364,7 +375,10 @@ def train(
                 group["lr"] = lr * config.rate(run.step)
             loss = next_token_loss(model, ids)
             loss.backward()
-            optimizer.step()
+            if config.clip is not None:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            if may_step(loss):
+                optimizer.step()
             optimizer.zero_grad()
             run.step += 1
             waiting.append(loss.detach())
@@ -406,52 +420,3 @@ def next_token_loss(model: GPT, windows: Tensor) -> Tensor:
 def validation_loss(run: Run, limit: int = 512) -> float:
     """Mean loss in nats per token over the validation windows (``limit`` of them at most)."""
     return float(token_losses(run.model, run.tokens.windows(run.config.context, limit)).mean())
-
-
-# --- files ----------------------------------------------------------------------------------------
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls ``write`` on a temporary file beside ``path`` and moves it there once it is complete."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        write(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What :meth:`Run.save` wrote.
-
-    Raises:
-        ValueError: missing, damaged or foreign, with the file's name.
-    """
-    if not path.is_file():
-        raise ValueError(f"there is no {path.name} in {path.parent}")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile):
-        raise ValueError(f"{path} is damaged or not a checkpoint: torch cannot load it") from None
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a checkpoint of minisign")
-    return saved
-
-
-def prepare_out(out: Path) -> None:
-    """Makes the folder, or says why it cannot be written, before anything is computed.
-
-    Raises:
-        ValueError: a file of that name, no permission, no space.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".minisign-write-test"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"cannot write to {out}: {error.strerror}") from None

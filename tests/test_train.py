@@ -15,6 +15,7 @@ from safetensors.torch import load_file, load_model
 
 from minisign import Hybrid
 from minisign.corpus import CorpusConfig, generate
+from minisign.files import write_whole
 from minisign.gpt import GPT, Center
 from minisign.train import (
     CHECKPOINT,
@@ -27,7 +28,6 @@ from minisign.train import (
     train,
     training_step,
     validation_loss,
-    write_whole,
 )
 
 SMALL: dict[str, Any] = dict(

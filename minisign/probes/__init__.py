@@ -29,16 +29,36 @@ from minisign.probes.saturation import (
     size_by_kappa,
 )
 from minisign.probes.speed import ratios, take_turns
+from minisign.probes.updates import (
+    BEYOND,
+    EDGES,
+    Update,
+    UpdateFigures,
+    UpdateWatch,
+    coming_update,
+    coming_updates,
+    descent_cosine,
+    update_figures,
+    update_kind,
+)
 
 __all__ = [
+    "BEYOND",
+    "EDGES",
     "NEAR",
     "Blocks",
     "Curvature",
     "GradientNorms",
     "GradientWatch",
     "Saturation",
+    "Update",
+    "UpdateFigures",
+    "UpdateWatch",
     "block_curvatures",
+    "coming_update",
+    "coming_updates",
     "common_mode",
+    "descent_cosine",
     "disparity",
     "equal_share_groups",
     "extremes",
@@ -67,5 +87,7 @@ __all__ = [
     "tensor_blocks",
     "token_losses",
     "unigram_loss",
+    "update_figures",
+    "update_kind",
     "zipf_exponent",
 ]

@@ -14,7 +14,7 @@ the tensor's gradient, in evaluation mode. Here:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -66,14 +66,11 @@ def gradient_norms(
     total = [torch.zeros_like(p) for p in parameters]
     by_batch: dict[str, list[float]] = {name: [] for name in blocks}
     count = 0
-    for batch in batches:
-        grads = torch.autograd.grad(loss(batch), parameters, allow_unused=True, materialize_grads=True)
+    for grads in batch_gradients(loss, batches, parameters):
         torch._foreach_add_(total, grads)
         for name, norm in _by_block(blocks, grads, 2).items():
             by_batch[name].append(norm)
         count += 1
-    if not count:
-        raise ValueError("gradient norms need at least one batch, got none")
     torch._foreach_div_(total, count)
     return GradientNorms(
         {name: sum(p.numel() for p in block) for name, block in blocks.items()},
@@ -81,6 +78,24 @@ def gradient_norms(
         _by_block(blocks, total, 1),
         {name: np.array(norms) for name, norms in by_batch.items()},
     )
+
+
+def batch_gradients(
+    loss: Callable[[Batch], Tensor], batches: Iterable[Batch], parameters: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, ...]]:
+    """The gradient of each batch, a tensor for each parameter, zeros where it plays no part.
+
+    ``.grad`` stays as it is.
+
+    Raises:
+        ValueError: no batches.
+    """
+    empty = True
+    for batch in batches:
+        empty = False
+        yield torch.autograd.grad(loss(batch), parameters, allow_unused=True, materialize_grads=True)
+    if empty:
+        raise ValueError("gradients need at least one batch, got none")
 
 
 @torch.no_grad()

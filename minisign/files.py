@@ -1,0 +1,58 @@
+"""Files that appear whole or not at all, and errors that name them."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls ``write`` on a temporary file beside ``path`` and moves it there once it is complete."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        write(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_checkpoint(path: Path, format: str) -> dict[str, Any]:
+    """A checkpoint: a dictionary that ``torch.save`` wrote, whose ``"format"`` says what it is.
+
+    Raises:
+        ValueError: missing, damaged or foreign, with the file's name.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no {path.name} in {path.parent}")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile):
+        raise ValueError(f"{path} is damaged or not a checkpoint: torch cannot load it") from None
+    if not isinstance(saved, dict) or saved.get("format") != format:
+        raise ValueError(f"{path} is not a checkpoint of minisign ({format!r})")
+    return saved
+
+
+def prepare_out(out: Path) -> None:
+    """Makes the folder, or says why it cannot be written, before anything is computed.
+
+    Raises:
+        ValueError: a file of that name, no permission, no space.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".minisign-write-test"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write to {out}: {error.strerror}") from None
