@@ -129,6 +129,8 @@ _TRAIN_OPTIONS: dict[str, tuple[str, Any, str, str]] = {
     "--lr": ("lr", float, "X", "learning rate; default: one that suits the optimizer here"),
     "--weight-decay": ("weight_decay", float, "λ", "decoupled weight decay; default: likewise"),
     "--betas": ("betas", None, "β", "one for sgd, signum and tiger, two for lion and adamw"),
+    "--eps": ("eps", float, "ε", "of adamw, in the gradient's units (default: 1e-8)"),
+    "--clip": ("clip", float, "X", "largest norm of the whole gradient (default: any)"),
     "--scale": ("scale", None, "S", "Tiger's step: rms, row_rms or a number (default: rms)"),
     "--embedding-scale": ("embedding_scale", None, "S", "the same on the embeddings (default: row_rms)"),
     "--accumulate": ("accumulate", int, "K", "Tiger: micro-batches to a step (default: 1)"),

@@ -173,7 +173,7 @@ class SpikeGuard:
         self.step = 0
         self.events: list[Event] = []
         self._losses: deque[float] = deque(maxlen=window)  # without those that were spikes
-        self._recent: deque[float] = deque(maxlen=RECENT)
+        self._recent: deque[float] = deque(maxlen=RECENT)  # without those that were spikes alone
         self._in_a_row = 0  # events with fewer than `margin` quiet steps between them
         self._quiet = 0  # steps since the last event
         self._slow_left = 0
@@ -199,7 +199,6 @@ class SpikeGuard:
         if self.step == 0 and self.folder is not None and self._saved():
             raise ValueError(f"{self.folder} has checkpoints of an earlier run: call resume(), or empty it")
         value = float(loss.detach() if isinstance(loss, Tensor) else loss)
-        self._recent.append(value)
         event = self._look_at_loss(value) or self._look_at_ratio()
         if event is None:
             self._quiet += 1
@@ -259,6 +258,7 @@ class SpikeGuard:
         far = self.loss_limit * max(spread, 0.01 * abs(median))
         if value > median + far:
             return Event(self.step, "loss", "", value, median + far, self.on_loss)
+        self._recent.append(value)
         mean, limit = float(np.mean(self._recent)), median + far / RECENT**0.5
         if len(self._recent) == RECENT and mean > limit:
             return Event(self.step, "mean loss", "", mean, limit, self.on_loss)

@@ -1,4 +1,4 @@
-"""Adam's instability at the size of a lesson: where it comes by itself, how to stage it, and remedies.
+"""Adam's instability at the size of a lesson: the ratio's bell, where the loss jumps, how to stage it.
 
 The model is the deep post-norm one of notebook 10 with large batches at a constant rate, which is where
 Molybog et al. (arXiv 2304.09871) expect it. ``experiments/instability.py`` looks for jumps of the loss over
@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from minisign.guard import SpikeGuard
 from minisign.probes import UpdateWatch, layer_blocks, layer_names
 from minisign.search import norm_config, search_base
 from minisign.tokenizer import Tokens
-from minisign.train import Config, Run, train, validation_loss
+from minisign.train import Config, Run, train, training_step, validation_loss
 
 LAYERS, EVERY = 6, 10
 SETTLED = 50  # steps of warm-up, in which the loss may do what it likes
@@ -122,6 +124,52 @@ def _short(x: float) -> float | None:
     return float(f"{x:.3g}") if np.isfinite(x) else None
 
 
+# --- the ratio's bell -----------------------------------------------------------------------------
+
+BATCHES = (2, 8, 32, 128)
+
+
+def bell_config(seed: int = 0, **changes: Any) -> Config:
+    """The run in which the update ratio is measured: the two-layer model of the searches, 200 steps of
+    AdamW at a rate so low that the weights drift rather than swing.
+
+    Args:
+        changes: any fields of :class:`~minisign.train.Config`.
+    """
+    own: dict[str, Any] = dict(
+        optimizer="adamw", betas=(0.9, 0.95), lr=1e-4, steps=200, decay=0.0, batch=32
+    )
+    return dataclasses.replace(search_base(seed), **{**own, **changes})
+
+
+def bell_run(config: Config, tokens: Tokens, fixed: bool = False) -> tuple[Run, UpdateWatch]:
+    """Trains it with an :class:`~minisign.probes.UpdateWatch` on its layers at every fifth step.
+
+    Args:
+        fixed: every step on the first batch, so that gradients differ by what the weights moved alone.
+    """
+    run = Run(config, tokens)
+    watch = UpdateWatch(run.model, run.optimizer, 5, layer_blocks(run.model))
+    if fixed:
+        step = training_step(run)
+        for _ in range(config.steps):
+            step()
+    else:
+        train(run)
+    return run, watch
+
+
+def bell_figures(watch: UpdateWatch) -> dict[str, dict[str, float]]:
+    """By block, the means of r's std, bimodality and share beyond 0.8 and of the correlation of successive
+    gradients, over the second half of the looks."""
+    names = ("std", "correlation", "bimodality", "beyond")
+    half = len(watch.looks) // 2
+    return {
+        block: {name: float(np.mean(watch.series(block, name)[half:])) for name in names}
+        for block in watch.blocks
+    }
+
+
 # --- staged ---------------------------------------------------------------------------------------
 
 
@@ -152,25 +200,75 @@ class Stage:
     length: int = 10
     loud: float = 100.0
 
-    def on(self, run: Run, check: Callable[[Tensor], bool] = lambda loss: True) -> Callable[[Tensor], bool]:
-        """What to give :func:`~minisign.train.train` as ``may_step``.
+    def set_up(self, run: Run) -> None:
+        """Has it happen to a run, in its backward passes, so that clipping comes after it."""
+        held: dict[Tensor, Tensor] = {}
 
-        Args:
-            check: asked afterwards, say that of a :class:`~minisign.guard.SpikeGuard`.
-        """
-        parameters = layer_blocks(run.model)[layer_names(run.model)[0]]
-        held: list[Tensor] = []
-
-        def may_step(loss: Tensor) -> bool:
+        def meddle(p: Tensor) -> None:
+            assert p.grad is not None
             if self.quiet <= run.step < self.burst:
-                for p in parameters:
-                    if p.grad is not None:
-                        p.grad.mul_(self.hush)
+                p.grad.mul_(self.hush)
             elif self.burst <= run.step < self.burst + self.length:
-                if not held:
-                    held.extend(p.grad.clone() for p in parameters if p.grad is not None)
-                for p, g in zip(parameters, held, strict=True):
-                    p.grad = self.loud * g
-            return check(loss)
+                p.grad = held.setdefault(p, self.loud * p.grad).clone()
 
-        return may_step
+        for p in layer_blocks(run.model)[layer_names(run.model)[0]]:
+            p.register_post_accumulate_grad_hook(meddle)
+
+
+# What is tried against the staged spike, by label: changes of the configuration, and options of a guard.
+REMEDIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "none": ({}, {}),
+    "ε 1e-12": ({"eps": 1e-12}, {}),
+    "ε 1e-4": ({"eps": 1e-4}, {}),
+    "rate 1e-3": ({"lr": 1e-3}, {}),
+    "batch 4": ({"batch": 4}, {}),
+    "β2 0.95": ({"betas": (0.9, 0.95)}, {}),
+    "clip 1": ({"clip": 1.0}, {}),
+    "clip 0.25": ({"clip": 0.25}, {}),
+    "loss: skip": ({}, {"on_loss": "skip", "on_ratio": None}),
+    "loss: back": ({}, {"on_loss": "back", "on_ratio": None}),
+    "ratio: slow": ({}, {"on_ratio": "slow"}),
+    "ratio: back": ({}, {"on_ratio": "back"}),
+    "ratio: skip": ({}, {"on_ratio": "skip"}),
+    "both": ({}, {"on_loss": "back", "on_ratio": "skip"}),
+}
+
+
+def remedy_run(
+    label: str, tokens: Tokens, seed: int = 0, stage: Stage | None = None
+) -> tuple[Run, SpikeGuard | None]:
+    """Trains the run of :func:`stage_config` with a remedy. A guard saves every 25 steps.
+
+    Args:
+        label: of ``REMEDIES``.
+        stage: the spike; None, an undisturbed run.
+
+    Raises:
+        ValueError: an unknown remedy.
+    """
+    if label not in REMEDIES:
+        raise ValueError(f"unknown remedy {label!r}: choose from {', '.join(REMEDIES)}")
+    changes, options = REMEDIES[label]
+    run, guard = Run(stage_config(seed, **changes), tokens), None
+    if stage is not None:
+        stage.set_up(run)
+    with tempfile.TemporaryDirectory() as folder:
+        if options:
+            guard = SpikeGuard(run.model, run.optimizer, **options, folder=folder, save_every=25)
+            train(run, may_step=guard.check)
+        else:
+            train(run)
+    return run, guard
+
+
+def remedy_figures(run: Run, guard: SpikeGuard | None, stage: Stage) -> dict[str, Any]:
+    """``val_loss``; ``after``, the mean training loss of the thirty steps from the burst's end on;
+    ``jump``; and how many ``events`` the guard noted, the ``first`` of them at which step."""
+    end = stage.burst + stage.length
+    return {
+        "val_loss": validation_loss(run),
+        "after": float(np.mean(run.losses[end : end + 30])),
+        "jump": worst_jump(run.losses).size,
+        "events": len(guard.events) if guard else 0,
+        "first": guard.events[0].step if guard and guard.events else None,
+    }

@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from numpy.typing import ArrayLike
@@ -133,20 +134,97 @@ def panels(
     return figure
 
 
-def densities(panels: Mapping[str, tuple[ArrayLike, ArrayLike]], bins: ArrayLike, title: str) -> Figure:
+def densities(
+    panels: Mapping[str, tuple[ArrayLike, ArrayLike | None]],
+    bins: ArrayLike,
+    title: str,
+    xlabel: str = "λθ",
+    top: float = 3.0,
+) -> Figure:
     """Histograms side by side, each with an expected density over it.
 
     Args:
-        panels: by title, values [n] and the density expected in the middle of each bin [bins − 1].
+        panels: by title, values [n] and the density expected in the middle of each bin [bins − 1], or None.
         bins: edges of the bins.
         title: what was run.
+        xlabel: what the values are.
+        top: of the density's axis.
     """
     edges = np.asarray(bins)
-    figure, axes = _small_multiples(list(panels), title, "λθ", "density", columns=5)
+    figure, axes = _small_multiples(list(panels), title, xlabel, "density", columns=5)
     for ax, (values, expected) in zip(axes, panels.values(), strict=True):
         ax.hist(np.asarray(values), edges.tolist(), density=True, color=SKY)
-        ax.plot((edges[1:] + edges[:-1]) / 2, expected, color=BLACK)
-        ax.set(ylim=(0, 3))
+        if expected is not None:
+            ax.plot((edges[1:] + edges[:-1]) / 2, np.asarray(expected), color=BLACK)
+        ax.set(ylim=(0, top))
+    return figure
+
+
+def histograms_over_time(
+    panels: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    bins: ArrayLike,
+    title: str,
+    ylabel: str,
+    marks: Sequence[float] = (),
+) -> Figure:
+    """How a distribution changes during training, a column for each look, dark where much is.
+
+    Args:
+        panels: by title, steps [looks] and counts [looks, bins − 1].
+        bins: edges of the bins.
+        title: what was run.
+        ylabel: what is counted.
+        marks: steps at which to draw a line.
+    """
+    edges = np.asarray(bins)
+    figure, axes = _small_multiples(list(panels), title, "step", ylabel, columns=2)
+    figure.set_size_inches(8.5, figure.get_size_inches()[1])
+    middle = (edges[1:] + edges[:-1]) / 2
+    for ax, (steps, counts) in zip(axes, panels.values(), strict=True):
+        share = np.asarray(counts) / np.asarray(counts).sum(axis=1, keepdims=True)
+        drawn = ax.pcolormesh(
+            np.asarray(steps), middle, share.T.clip(1e-4), norm=LogNorm(1e-4, 1), cmap="cividis_r"
+        )
+        for mark in marks:
+            ax.axvline(mark, color=RED, linestyle="--", linewidth=0.9)
+        ax.grid(False)
+    figure.colorbar(drawn, ax=axes, label="share of entries")
+    return figure
+
+
+def phase_maps(
+    panels: Mapping[str, ArrayLike],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    label: str,
+    top: float,
+) -> Figure:
+    """Numbers on a grid, each written in its cell, darker where it is larger.
+
+    Args:
+        panels: by title, numbers [rows, columns]; NaN where nothing was run, infinite for a divergence.
+        rows, columns: what they are, the first row at the bottom.
+        title: what was run.
+        label: of the numbers.
+        top: the number from which on cells are darkest.
+    """
+    figure, axes = _small_multiples(list(panels), title, xlabel, ylabel, columns=2)
+    figure.set_size_inches(8.5, figure.get_size_inches()[1])
+    for ax, grid in zip(axes, map(np.asarray, panels.values()), strict=True):
+        drawn = ax.imshow(
+            grid.clip(max=top), cmap="cividis_r", vmin=0, vmax=top, origin="lower", aspect="auto"
+        )
+        for (i, j), value in np.ndenumerate(grid):
+            if not np.isnan(value):
+                color = "white" if value > 0.55 * top else "black"
+                ax.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
+        ax.set_xticks(range(len(columns)), columns, fontsize=8)
+        ax.set_yticks(range(len(rows)), rows, fontsize=8)
+        ax.grid(False)
+    figure.colorbar(drawn, ax=axes, label=label)
     return figure
 
 

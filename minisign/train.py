@@ -377,7 +377,7 @@ def train(
             loss.backward()
             if config.clip is not None:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            if may_step(loss):
+            if may_step(loss.detach()):
                 optimizer.step()
             optimizer.zero_grad()
             run.step += 1
@@ -395,11 +395,11 @@ def train(
     return run
 
 
-def training_step(config: Config, tokens: Tokens) -> Callable[[], Tensor]:
-    """A function that makes a training step (forward, backward, update) whenever it is called, always on
-    the same batch, and returns the loss before it: for timing."""
-    run = Run(config, tokens)
-    windows = torch.from_numpy(tokens.batch(config.seed, 0, config.batch, config.context))
+def training_step(run: Run) -> Callable[[], Tensor]:
+    """A function that makes a step of ``run`` (forward, backward, update) whenever it is called, always on
+    its first batch, and returns the loss before it: for timing, and to see what a fixed batch does."""
+    config = run.config
+    windows = torch.from_numpy(run.tokens.batch(config.seed, 0, config.batch, config.context))
 
     def step() -> Tensor:
         loss = next_token_loss(run.model, windows)

@@ -15,6 +15,8 @@ from minisign import lessons, param_groups
 from minisign.lessons import (
     RIGHT,
     Verdict,
+    adam_instability,
+    adam_ratio,
     checker,
     embedding_blowup,
     fix_hybrid,
@@ -602,6 +604,135 @@ CASES |= {
                 "with 1 and 9 tokens the mean over all",
             ),
             ((nothing,), "returns nothing"),
+        ],
+    ),
+}
+
+
+def adam_ratio_of(gradients: Any, beta1: float, beta2: float, eps: float) -> Any:
+    m = v = torch.zeros_like(gradients[0])
+    for g in gradients:
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
+    t = len(gradients)
+    return m / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt() + eps)
+
+
+def uncorrected(gradients: Any, beta1: float, beta2: float, eps: float) -> Any:
+    t = len(gradients)
+    corrections = (1 - beta1**t) / (1 - beta2**t) ** 0.5
+    return adam_ratio_of(gradients, beta1, beta2, eps / (1 - beta2**t) ** 0.5) * corrections
+
+
+def eps_inside(gradients: Any, beta1: float, beta2: float, eps: float) -> Any:
+    m = v = torch.zeros_like(gradients[0])
+    for g in gradients:
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
+    t = len(gradients)
+    return m / (1 - beta1**t) / (v / (1 - beta2**t) + eps).sqrt()
+
+
+def correlation_from_width(std: float, beta1: float) -> float:
+    q = std**2 * (1 + beta1) / (1 - beta1)
+    return (q - 1) / (q + 1) / beta1
+
+
+def adam_step(m: Any, v: Any, g: Any, t: int, beta1: float, beta2: float, eps: float) -> Any:
+    m.mul_(beta1).add_(g, alpha=1 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    return m / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt() + eps)
+
+
+def adam_step_in_place(m: Any, v: Any, g: Any, t: int, beta1: float, beta2: float, eps: float) -> Any:
+    m.mul_(beta1).add_(g, alpha=1 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    m.div_(1 - beta1**t)
+    return m / ((v / (1 - beta2**t)).sqrt() + eps)
+
+
+def adam_step_without_memory(m: Any, v: Any, g: Any, *rest: Any) -> Any:
+    return g.sign()
+
+
+def jump(losses: Any, window: int) -> float:
+    means = np.convolve(losses, np.ones(window) / window, "valid")
+    return float((means - np.minimum.accumulate(means)).max())
+
+
+def is_spike(losses: Any, new: float, limit: float) -> bool:
+    median = np.median(losses)
+    return bool(new > median + limit * 1.4826 * np.median(np.abs(np.array(losses) - median)))
+
+
+def go_back(model: Any, optimizer: Any, saved: Any) -> Any:
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return optimizer
+
+
+def go_back_with_a_new_optimizer(model: Any, optimizer: Any, saved: Any) -> Any:
+    model.load_state_dict(saved["model"])
+    return torch.optim.AdamW(model.parameters(), lr=0.01)
+
+
+def go_back_with_the_old_momentum(model: Any, optimizer: Any, saved: Any) -> Any:
+    model.load_state_dict(saved["model"])
+    return optimizer
+
+
+CASES |= {
+    adam_ratio.check_update_ratio: (
+        (adam_ratio_of,),
+        [
+            ((uncorrected,), "are not corrected for it"),
+            ((eps_inside,), "ε stands inside the root"),
+            ((lambda gradients, *rest: adam_ratio_of(gradients.flip(0), *rest),), "in the wrong order"),
+            ((lambda gradients, *rest: gradients[-1].sign(),), "after 7 gradients r should be another"),
+            ((empty,), "still empty"),
+            ((nothing,), "returns nothing"),
+        ],
+    ),
+    adam_ratio.check_correlation: (
+        (correlation_from_width,),
+        [
+            ((lambda std, beta1: 0.0,), "a width of 0.832 with β₁ = 0.5 means ρ = 0.7, the answer is 0"),
+            ((empty,), "still empty"),
+        ],
+    ),
+    adam_ratio.check_bias_correction: (
+        (adam_step,),
+        [
+            ((adam_step_in_place,), "after 2 gradients that are all alike r is 5.26 where g is 1"),
+            ((adam_step_without_memory,), "the average is 0, not 0.41"),
+        ],
+    ),
+    adam_instability.check_jump: (
+        (jump,),
+        [
+            (
+                (lambda losses, window: max(losses) - min(losses),),
+                "is no jump: the rise is from an earlier",
+            ),
+            ((lambda losses, window: jump(losses, 2 * window),), "with a window of 10 the jump is 1"),
+            ((nothing,), "returns nothing"),
+        ],
+    ),
+    adam_instability.check_spike: (
+        (is_spike,),
+        [
+            (
+                (lambda losses, new, limit: new > np.median(losses) + limit,),
+                "with a limit of 6, is a spike",
+            ),
+            ((lambda losses, new, limit: new > np.mean(losses) + limit * np.std(losses),), "thirty old"),
+            ((lambda losses, new, limit: abs(new - np.median(losses)) > 0.5,), "with a limit of 6, is no"),
+        ],
+    ),
+    adam_instability.check_going_back: (
+        (go_back,),
+        [
+            ((go_back_with_a_new_optimizer,), "100% of the weights have |r| > 0.8"),
+            ((go_back_with_the_old_momentum,), "the momentum is not that of the checkpoint"),
+            ((lambda model, optimizer, saved: optimizer,), "the weights are not those of the checkpoint"),
         ],
     ),
 }

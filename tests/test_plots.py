@@ -158,6 +158,35 @@ def test_intervals_show_every_run_and_the_range() -> None:
     assert loss.yaxis_inverted()
 
 
+def test_a_density_need_not_have_a_law() -> None:
+    figure = plots.densities({"r": ([-1, 1], None)}, np.linspace(-2, 2, 5), "T", "r", top=7)
+    (ax,) = figure.axes
+    assert not ax.lines
+    assert ax.get_ylim() == (0, 7)
+    assert ax.get_xlabel() == "r"
+
+
+def test_histograms_over_time_are_shares_in_their_columns() -> None:
+    counts = [[1, 3], [0, 8], [5, 5]]
+    figure = plots.histograms_over_time({"first": (X, counts)}, [-1, 0, 1], "T", "r", marks=[2])
+    ax = figure.axes[0]
+    (mesh,) = ax.collections
+    assert np.allclose(mesh.get_array(), [[0.25, 1e-4, 0.5], [0.75, 1, 0.5]])
+    assert ax.lines[0].get_xdata() == [2, 2]
+    assert ax.get_title() == "first"
+
+
+def test_phase_maps_write_every_number_in_its_cell() -> None:
+    grid = [[0.1, 2.0], [np.inf, np.nan]]
+    figure = plots.phase_maps({"post": grid}, ["a", "b"], ["1", "2"], "T", "rate", "ε", "jump", 1.0)
+    ax = figure.axes[0]
+    found = {text.get_position(): text.get_text() for text in ax.texts}
+    assert found == {(0, 0): "0.10", (1, 0): "2.00", (0, 1): "inf"}
+    assert np.ma.filled(ax.images[0].get_array(), -1).tolist() == [[0.1, 1.0], [1.0, -1.0]]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
+    assert not ax.yaxis_inverted()  # the first row at the bottom
+
+
 def test_densities_are_histograms_with_a_law_over_them() -> None:
     bins = np.linspace(-1, 1, 5)
     figure = plots.densities({"κ = 1": ([-0.9, -0.9, 0.9, 0.9], [1, 2, 2, 1])}, bins, "T")

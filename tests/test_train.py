@@ -146,10 +146,46 @@ def test_training_learns_and_measures() -> None:
 def test_a_training_step_for_timing_is_that_of_a_run() -> None:
     config = small(warmup=0)
     tokens = load_tokens(config)
-    step, run = training_step(config, tokens), Run(config, tokens)
+    step, run = training_step(Run(config, tokens)), Run(config, tokens)
     losses = [step().item() for _ in range(40)]
     assert losses[0] == pytest.approx(train(run, stop=lambda: run.step == 1).losses[0])
     assert losses[-1] < losses[0] - 0.1  # the same batch again and again
+
+
+def test_eps_reaches_adamw_and_a_bad_one_is_named() -> None:
+    config = small(optimizer="adamw", betas=None, lr=None, eps=0.5)
+    tokens = load_tokens(config)
+    assert {group["eps"] for group in Run(config, tokens).optimizer.param_groups} == {0.5}
+    with pytest.raises(ValueError, match="Invalid eps: -1"):
+        small(eps=-1)
+
+
+def test_gradients_are_clipped_before_the_update() -> None:
+    config = small(optimizer="sgd", betas=(0.0,), lr=1.0, clip=1e-3, warmup=0, steps=1)
+    run = Run(config, load_tokens(config))
+    before = torch.cat([p.detach().flatten().clone() for p in run.model.parameters()])
+    train(run)
+    moved = torch.cat([p.detach().flatten() for p in run.model.parameters()]) - before
+    assert float(moved.norm()) == pytest.approx(1e-3, rel=0.01)
+    with pytest.raises(ValueError, match="clip must be positive, got 0"):
+        small(clip=0)
+    with pytest.raises(TypeError, match="clip must be a number, got 'a lot'"):
+        small(clip="a lot")
+
+
+def test_an_update_may_be_left_out() -> None:
+    config = small(steps=6)
+    run, skipped = Run(config, load_tokens(config)), []
+
+    def may_step(loss: torch.Tensor) -> bool:
+        skipped.append(float(loss))
+        return False
+
+    before = [p.detach().clone() for p in run.model.parameters()]
+    train(run, may_step=may_step)
+    assert run.step == 6
+    assert skipped == pytest.approx(run.losses)
+    assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
 
 
 def test_rate() -> None:

@@ -264,18 +264,14 @@ def test_a_watch_changes_nothing_and_can_be_removed() -> None:
 
 
 def test_a_watch_names_what_it_does_not_know() -> None:
-    _, watch, _ = trained(1, 1)
+    model, watch, _ = trained(1, 1)
     with pytest.raises(ValueError, match=r"unknown figure 'mean': choose from counts, std"):
         watch.series("weight", "mean")
     with pytest.raises(ValueError, match=r"unknown block 'head': choose from weight, bias"):
         watch.histograms("head")
     for option in ("every", "entries", "keep"):
         with pytest.raises(ValueError, match=f"{option} must be 1 or more, got 0"):
-            trained(
-                **{"watch_every": 1, "steps": 1, option: 0}
-                if option != "every"
-                else {"watch_every": 0, "steps": 1}
-            )
+            UpdateWatch(model, watch.optimizer, **{option: 0})
 
 
 @pytest.fixture(scope="module")
