@@ -712,7 +712,7 @@ CASES |= {
                 (lambda losses, window: max(losses) - min(losses),),
                 "is no jump: the rise is from an earlier",
             ),
-            ((lambda losses, window: jump(losses, 2 * window),), "with a window of 10 the jump is 1"),
+            ((lambda losses, window: jump(losses, 2 * window),), "with a window of 5 the jump is"),
             ((nothing,), "returns nothing"),
         ],
     ),
