@@ -1,8 +1,8 @@
-"""What the probes of gradients and curvature cost, on the model of notebook 09.
+"""What the probes of gradients, updates and curvature cost, and the guard, on the model of notebook 09.
 
-``GradientWatch`` at every twentieth step: steps with and without it take turns every twenty steps in one
-process, and the median ratio counts; the bar is 1.05. The Hessian probe of all tensors: the bar is 20
-seconds. Exits with 1 if either is missed.
+``GradientWatch`` and ``UpdateWatch`` at every twentieth step: steps with and without them take turns every
+twenty steps in one process, and the median ratio counts; the bar is 1.05. The Hessian probe of all tensors:
+the bar is 20 seconds. Exits with 1 if one is missed. ``SpikeGuard``, which looks at every step, has no bar.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import sys
 import torch
 
 from minisign.experiment import read_log
-from minisign.probes import GradientWatch, block_curvatures, ratios, take_turns, tensor_blocks
+from minisign.guard import SpikeGuard
+from minisign.probes import GradientWatch, UpdateWatch, block_curvatures, ratios, take_turns, tensor_blocks
 from minisign.search import best_rate, search_base, search_config, start_batches
 from minisign.train import Run, load_tokens, next_token_loss, train
 
@@ -27,18 +28,27 @@ def main() -> int:
     base = search_base()
     tokens = load_tokens(base)
     config = search_config(base, "AdamW", best_rate(read_log("learning_rates"), "AdamW"))
-    runs = {"plain": Run(config, tokens), "watched": Run(config, tokens)}
-    GradientWatch(runs["watched"].model, runs["watched"].optimizer, every=EVERY)
+    runs = {name: Run(config, tokens) for name in ("plain", "GradientWatch", "UpdateWatch", "SpikeGuard")}
+    for watch in (GradientWatch, UpdateWatch):
+        watched = runs[watch.__name__]
+        watch(watched.model, watched.optimizer, every=EVERY)
+    guarded = runs["SpikeGuard"]
+    guard = SpikeGuard(guarded.model, guarded.optimizer)
 
     def turn(run: Run) -> None:
         end = run.step + EVERY
         if end > run.config.steps:  # begin again; only the time counts
             run.step, end = 0, EVERY
-        train(run, every=EVERY, stop=lambda: run.step >= end)
+        check = guard.check if run is guarded else lambda loss: True
+        train(run, every=EVERY, stop=lambda: run.step >= end, may_step=check)
 
     took = take_turns({name: lambda run=run: turn(run) for name, run in runs.items()}, args.turns)
-    ratio = ratios(took, to="plain", skip=2)["watched"]
-    print(f"a training step, watched every {EVERY}th / not: {ratio:.3f} (bar {WATCH_BAR})")
+    cost = ratios(took, to="plain", skip=8)  # the guard looks at ratios from its hundredth step on
+    for name in ("GradientWatch", "UpdateWatch"):
+        print(
+            f"a training step with {name} at every {EVERY}th / without: {cost[name]:.3f} (bar {WATCH_BAR})"
+        )
+    print(f"with SpikeGuard at every step / without: {cost['SpikeGuard']:.3f}")
 
     model, [batch, *_] = runs["plain"].model, start_batches(base, tokens)
     products = []
@@ -52,7 +62,8 @@ def main() -> int:
         f"curvature of {len(tensor_blocks(model))} tensors, {torch.get_num_threads()} threads: "
         f"{seconds:.1f} s at most in three (bar {HESSIAN_BAR:.0f} s), {products[0]} products"
     )
-    return int(ratio > WATCH_BAR or seconds > HESSIAN_BAR)
+    watches = max(cost["GradientWatch"], cost["UpdateWatch"])
+    return int(watches > WATCH_BAR or seconds > HESSIAN_BAR)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ TEXT = "Each bug is planted alone in a copy of the tree, in which the tests pass
 PARTS = ("minisign", "tests", "notebooks", "experiments", "data", "pyproject.toml", "README.md")
 OPTIM, THEORY, GPT = "tests/test_optim.py::", "tests/test_theory_and_probes.py::", "tests/test_gpt.py::"
 BLOCKS = "tests/test_heterogeneity.py::"
+UPDATES, GUARD = "tests/test_updates.py::", "tests/test_guard.py::"
 
 
 @dataclass(frozen=True)
@@ -295,6 +296,98 @@ MUTANTS = (
         "targets = F.pad(windows.where(hidden, IGNORED), (1, 1), value=IGNORED)",
         "targets = F.pad(windows, (1, 1), value=IGNORED)",
         "tests/test_pretrained.py::test_examples_of_masked_tokens",
+    ),
+    Mutant(
+        "ratio without its bias correction",
+        "minisign/probes/updates.py",
+        "beta1).div_(1 - beta1 ** (t + 1)).div_(",
+        "beta1).div_(",
+        UPDATES + "test_the_coming_update_is_the_one_that_comes",
+        "12_adam_ratio",
+    ),
+    Mutant(
+        "gradient compared with itself",
+        "minisign/probes/updates.py",
+        "self._before.get(name))",
+        "u.gradient)",
+        UPDATES + "test_a_watch_looks_at_its_interval_and_compares_with_the_step_before",
+        "12_adam_ratio",
+    ),
+    Mutant(
+        "kurtosis left out of the bimodality",
+        "minisign/probes/updates.py",
+        "((z2 * z).mean().square() + 1) / z2.square().mean(),",
+        "((z2 * z).mean().square() + 1) / z2.mean(),",
+        UPDATES + "test_figures_of_a_bell_and_of_two_modes",
+        "12_adam_ratio",
+    ),
+    Mutant(
+        "correlation narrows the ratio",
+        "minisign/theory.py",
+        "(1 + beta1 * rho) / (1 - beta1 * rho)))",
+        "(1 - beta1 * rho) / (1 + beta1 * rho)))",
+        UPDATES + "test_std_of_r_for_correlated_gradients",
+        "12_adam_ratio",
+    ),
+    Mutant(
+        "largest ratio without the square root",
+        "minisign/theory.py",
+        "return (1 - beta1) / math.sqrt((1 - beta2) * (1 - q))",
+        "return (1 - beta1) / ((1 - beta2) * (1 - q))",
+        UPDATES + "test_the_largest_ratio_needs_a_longer_memory_of_squares",
+        "12_adam_ratio",
+    ),
+    Mutant(
+        "a jump from the first loss",
+        "minisign/instability.py",
+        "rise = means - np.minimum.accumulate(means)",
+        "rise = means - means[0]",
+        "tests/test_instability.py::test_a_jump_is_the_largest_rise_above_an_earlier_mean",
+        "13_adam_instability",
+    ),
+    Mutant(
+        "a quiet stage",
+        "minisign/instability.py",
+        "held.setdefault(p, self.loud * p.grad).clone()",
+        "held.setdefault(p, p.grad).clone()",
+        "tests/test_instability.py::test_the_stage_is_quiet_then_loud_in_the_first_layer_only",
+        "13_adam_instability",
+    ),
+    Mutant(
+        "a guard that skips in words only",
+        "minisign/guard.py",
+        'return event.action != "skip"',
+        "return True",
+        GUARD + "test_a_burst_is_seen_before_it_moves_a_weight",
+        "13_adam_instability",
+    ),
+    Mutant(
+        "going back to a doubtful checkpoint",
+        "minisign/guard.py",
+        "good = [path for path in saved if _step(path) <= self.step - self.margin] or saved[:1]",
+        "good = saved",
+        GUARD + "test_back_restores_weights_and_state_of_a_good_checkpoint",
+    ),
+    Mutant(
+        "doubtful checkpoints kept",
+        "minisign/guard.py",
+        "for path in saved[saved.index(good[-1]) + 1 :]:",
+        "for path in saved[len(saved) :]:",
+        GUARD + "test_a_run_killed_while_it_goes_back_resumes_from_an_intact_checkpoint",
+    ),
+    Mutant(
+        "spikes count as usual losses",
+        "minisign/guard.py",
+        'if math.isfinite(value) and (update or (event is not None and event.cause == "ratio")):',
+        "if math.isfinite(value):",
+        GUARD + "test_skipped_losses_do_not_become_the_usual_ones",
+    ),
+    Mutant(
+        "clipping to infinity",
+        "minisign/train.py",
+        "torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)",
+        "torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)",
+        "tests/test_train.py::test_gradients_are_clipped_before_the_update",
     ),
 )
 

@@ -230,6 +230,11 @@ def test_no_checkpoint_is_made_in_a_rough_time(tmp_path: Path) -> None:
     assert (tmp_path / "step-000000043.pt").exists()
 
 
+def test_skipped_losses_do_not_become_the_usual_ones() -> None:
+    loop = Loop(on_loss="skip", patience=1000).run(40)
+    assert [loop.step(loss=9.0 + 0.1 * (i % 3)) for i in range(3 * WINDOW)] == [False] * 3 * WINDOW
+
+
 def test_a_new_level_is_learned_after_so_many_skips() -> None:
     loop = Loop(on_loss="skip", patience=4).run(40)
     made = [loop.step(loss=9.0 + 0.1 * (i % 3)) for i in range(60)]
