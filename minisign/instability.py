@@ -272,3 +272,25 @@ def remedy_figures(run: Run, guard: SpikeGuard | None, stage: Stage) -> dict[str
         "events": len(guard.events) if guard else 0,
         "first": guard.events[0].step if guard and guard.events else None,
     }
+
+
+def guarded_figures(config: Config, tokens: Tokens) -> dict[str, Any]:
+    """What a guard that only warns notes in a run.
+
+    Returns:
+        ``top``, the largest loss of a step after the warm-up, in nats, and ``top_step``; ``ratio`` and
+        ``loss``, the steps of the first event of each kind (None without one), and how many ``events``.
+    """
+    run = Run(config, tokens)
+    guard = SpikeGuard(run.model, run.optimizer)
+    train(run, may_step=guard.check)
+    after = np.array(run.losses[2 * SETTLED :])  # the guard's window
+    ratio = [event.step for event in guard.events if event.cause == "ratio"]
+    loss = [event.step for event in guard.events if event.cause != "ratio"]
+    return {
+        "top": float(after.max()),
+        "top_step": 2 * SETTLED + int(after.argmax()),
+        "ratio": ratio[0] if ratio else None,
+        "loss": loss[0] if loss else None,
+        "events": len(guard.events),
+    }

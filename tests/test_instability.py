@@ -16,6 +16,7 @@ from minisign.instability import (
     bell_figures,
     bell_run,
     deep_config,
+    guarded_figures,
     remedy_figures,
     remedy_run,
     run_figures,
@@ -148,3 +149,12 @@ def test_a_watched_run_is_the_run(tokens: Tokens) -> None:
     run, watch = watched_run(small(steps=60), tokens)
     assert list(watch.steps) == [0, 10, 20, 30, 40, 50]
     assert run.losses == train(Run(small(steps=60), tokens)).losses
+
+
+def test_what_a_guard_notes_in_a_run_in_which_nothing_happens(tokens: Tokens) -> None:
+    config = small(steps=130)
+    found = guarded_figures(config, tokens)
+    losses = train(Run(config, tokens)).losses
+    assert found["top"] == max(losses[100:])
+    assert losses[found["top_step"]] == found["top"]
+    assert (found["ratio"], found["loss"], found["events"]) == (None, None, 0)

@@ -103,5 +103,40 @@ def test_figures_of_the_norm_placement() -> None:
     )
 
 
+REMEDIES = {
+    "nothing": "none",
+    "ε = 10⁻¹²": "ε 1e-12",
+    "a quarter of the rate": "rate 1e-3",
+    "a quarter of the batch": "batch 4",
+    "β₂ = 0.95": "β2 0.95",
+    "gradients clipped to 1": "clip 1",
+    '`on_loss="skip"`': "loss: skip",
+    '`on_loss="back"`': "loss: back",
+    '`on_ratio="slow"`': "ratio: slow",
+    '`on_ratio="skip"`': "ratio: skip",
+}
+
+
+@pytest.mark.parametrize("name", REMEDIES)
+def test_table_of_remedies(name: str) -> None:
+    log, label = read_log("remedies"), REMEDIES[name]
+    after, final = (figures(log, f"{label}, staged", figure) for figure in ("after", "val_loss"))
+    calm, plain = (figures(log, f"{what}, undisturbed", "val_loss") for what in (label, "none"))
+    cost = f"{(calm - plain).mean():+.2f}".replace("-0.00", "+0.00")
+    end = f"{final.mean():.2f} ({final.min():.2f}–{final.max():.2f})"
+    assert f"| {name} | {after.mean():.2f} | {end} | {cost} |" in README.splitlines()
+
+
+def test_figures_of_the_undisturbed_run_and_of_the_jumps() -> None:
+    log, text = read_log("remedies"), " ".join(README.split())
+    after, end = (figures(log, "none, undisturbed", figure).mean() for figure in ("after", "val_loss"))
+    assert f"where the undisturbed run has {after:.2f}, and at the end, where it has {end:.2f}" in text
+    natural = read_log("instability")
+    jumps = {line["job"]["label"]: figures(natural, line["job"]["label"], "jump/size") for line in natural}
+    assert f"In {['no', 'one', 'two', 'three'][(jumps['base'] > 0.35).sum()]} seeds of six the loss" in text
+    for label in ("2 layers", "4 layers", "rate 0.002", "warm-up 200"):
+        assert jumps[label].max() < 0.15
+
+
 def test_number_of_mutants() -> None:
     assert f"`make mutants` plants {len(MUTANTS)} bugs" in README
