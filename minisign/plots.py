@@ -183,7 +183,7 @@ def histograms_over_time(
     for ax, (steps, counts) in zip(axes, panels.values(), strict=True):
         share = np.asarray(counts) / np.asarray(counts).sum(axis=1, keepdims=True)
         drawn = ax.pcolormesh(
-            np.asarray(steps), middle, share.T.clip(1e-4), norm=LogNorm(1e-4, 1), cmap="cividis_r"
+            np.asarray(steps), middle, share.T.clip(1e-4), norm=LogNorm(1e-4, 1), cmap="Blues"
         )
         for mark in marks:
             ax.axvline(mark, color=RED, linestyle="--", linewidth=0.9)
@@ -205,7 +205,7 @@ def phase_maps(
     """Numbers on a grid, each written in its cell, darker where it is larger.
 
     Args:
-        panels: by title, numbers [rows, columns]; NaN where nothing was run, infinite for a divergence.
+        panels: by title, numbers [rows, columns]; NaN, written as a dash, where nothing was run.
         rows, columns: what they are, the first row at the bottom.
         title: what was run.
         label: of the numbers.
@@ -214,13 +214,11 @@ def phase_maps(
     figure, axes = _small_multiples(list(panels), title, xlabel, ylabel, columns=2)
     figure.set_size_inches(8.5, figure.get_size_inches()[1])
     for ax, grid in zip(axes, map(np.asarray, panels.values()), strict=True):
-        drawn = ax.imshow(
-            grid.clip(max=top), cmap="cividis_r", vmin=0, vmax=top, origin="lower", aspect="auto"
-        )
+        drawn = ax.imshow(grid.clip(max=top), cmap="Blues", vmin=0, vmax=top, origin="lower", aspect="auto")
         for (i, j), value in np.ndenumerate(grid):
-            if not np.isnan(value):
-                color = "white" if value > 0.55 * top else "black"
-                ax.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
+            text = "–" if np.isnan(value) else f"{value:.2f}"
+            color = "white" if value > 0.55 * top else "black"
+            ax.text(j, i, text, ha="center", va="center", fontsize=7, color=color)
         ax.set_xticks(range(len(columns)), columns, fontsize=8)
         ax.set_yticks(range(len(rows)), rows, fontsize=8)
         ax.grid(False)

@@ -181,7 +181,7 @@ def test_phase_maps_write_every_number_in_its_cell() -> None:
     figure = plots.phase_maps({"post": grid}, ["a", "b"], ["1", "2"], "T", "rate", "ε", "jump", 1.0)
     ax = figure.axes[0]
     found = {text.get_position(): text.get_text() for text in ax.texts}
-    assert found == {(0, 0): "0.10", (1, 0): "2.00", (0, 1): "inf"}
+    assert found == {(0, 0): "0.10", (1, 0): "2.00", (0, 1): "inf", (1, 1): "–"}
     assert np.ma.filled(ax.images[0].get_array(), -1).tolist() == [[0.1, 1.0], [1.0, -1.0]]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
     assert not ax.yaxis_inverted()  # the first row at the bottom
