@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from minisign.files import prepare_out, read_checkpoint, write_json, write_whole
-from minisign.probes import BEYOND, Blocks, coming_updates, layer_blocks, tensor_blocks, update_kind
+from minisign.probes import BEYOND, Blocks, coming_updates, default_blocks, update_kind
 
 ACTIONS = ("warn", "skip", "slow", "back")
 FORMAT = "minisign guard 1"
@@ -164,7 +164,7 @@ class SpikeGuard:
         self.model, self.optimizer, self.also = model, optimizer, dict(also or {})
         self.on_loss, self.on_ratio = on_loss, on_ratio
         self.window, self.loss_limit, self.ratio_limit = window, loss_limit, ratio_limit
-        self.blocks = _blocks(model) if blocks is None else blocks
+        self.blocks = default_blocks(model) if blocks is None else blocks
         self.entries, self.slow_factor, self.slow_steps = entries, slow_factor, slow_steps
         self.folder = None if folder is None else Path(folder)
         self.save_every, self.margin, self.patience = save_every, margin, patience
@@ -395,11 +395,6 @@ class SpikeGuard:
         except (KeyError, RuntimeError, ValueError) as error:
             raise ValueError(f"{path} does not fit: {str(error).splitlines()[0]}") from None
         return saved
-
-
-def _blocks(model: nn.Module) -> Blocks:
-    has_layers = any(isinstance(module, nn.ModuleList) and len(module) for module in model.modules())
-    return layer_blocks(model) if has_layers else tensor_blocks(model)
 
 
 def _set_rate(group: dict[str, Any], lr: Any) -> None:

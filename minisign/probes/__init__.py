@@ -1,6 +1,6 @@
 """Measurements: they take a model or a tensor and return plain numbers."""
 
-from minisign.probes.blocks import Blocks, layer_blocks, layer_names, tensor_blocks
+from minisign.probes.blocks import Blocks, default_blocks, layer_blocks, layer_names, tensor_blocks
 from minisign.probes.curvature import Curvature, block_curvatures, gradient_weighted, size_weighted
 from minisign.probes.frequency import (
     equal_share_groups,
@@ -58,6 +58,7 @@ __all__ = [
     "coming_update",
     "coming_updates",
     "common_mode",
+    "default_blocks",
     "descent_cosine",
     "disparity",
     "equal_share_groups",

@@ -39,6 +39,11 @@ def layer_blocks(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return blocks
 
 
+def default_blocks(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """:func:`layer_blocks` of a model that has layers, else :func:`tensor_blocks`."""
+    return layer_blocks(model) if _lists(model) else tensor_blocks(model)
+
+
 def layer_names(model: nn.Module) -> list[str]:
     """Which of :func:`layer_blocks` are layers, from the input to the output.
 

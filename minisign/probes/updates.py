@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minisign.probes.blocks import Blocks, tensor_blocks
+from minisign.probes.blocks import Blocks, default_blocks
 from minisign.probes.gradients import batch_gradients
 
 Batch = TypeVar("Batch")
@@ -155,7 +155,8 @@ def _stride(p: Tensor, entries: int | None) -> int:
 
 
 def _some(x: Tensor, stride: int) -> Tensor:
-    return x.detach().reshape(-1)[::stride]
+    flat = x.reshape(-1)
+    return flat if stride == 1 else flat[::stride]
 
 
 def _joined(updates: list[Update]) -> Update:
@@ -283,7 +284,7 @@ class UpdateWatch:
         model: whose parameters.
         optimizer: of a kind that :func:`update_kind` knows: Adam or a sign method.
         every: steps between two looks; the first step is one.
-        blocks: what to keep apart; each tensor by default.
+        blocks: what to keep apart; layers by default, or tensors if the model has no list of them.
         entries: of each tensor at most.
         keep: looks.
 
@@ -308,7 +309,7 @@ class UpdateWatch:
             if value < 1:
                 raise ValueError(f"{name} must be 1 or more, got {value}")
         self.optimizer, self.every, self.entries = optimizer, every, entries
-        self.blocks = tensor_blocks(model) if blocks is None else blocks
+        self.blocks = default_blocks(model) if blocks is None else blocks
         self.steps: deque[int] = deque(maxlen=keep)
         self.looks: deque[dict[str, UpdateFigures]] = deque(maxlen=keep)
         self._before: dict[str, Tensor] = {}
