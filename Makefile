@@ -54,7 +54,7 @@ notebook: $(READY) ## execute one and its solutions: make notebook N=04
 	  || { echo "N=$(N) is no notebook: make notebook N=04 executes notebooks/04_*.ipynb" >&2; exit 1; }
 	$(EXECUTE) $$(ls notebooks/$(N)_*.ipynb notebooks/solutions/$(N)_*.ipynb 2>/dev/null)
 
-experiments: $(READY) ## make the runs that experiments/logs/ has not got (all of them: two hours and a quarter)
+experiments: $(READY) ## make the runs that experiments/logs/ has not got (all of them: four hours)
 	for script in experiments/*.py; do $(BIN)/python $$script || exit 1; done
 
 mutants: $(READY) ## plant bugs, one at a time, and see a test turn red; writes docs/mutants.md

@@ -16,7 +16,7 @@ weight. What to do about each:
 
     "warn"   only note it
     "skip"   leave the update out
-    "slow"   make it, and the next ones, at a lower rate
+    "slow"   make it, and the next ones, at a lower rate (but skip it where the loss is not finite)
     "back"   go back to the last good checkpoint, and leave out the batches since (as in arXiv 2204.02311)
 """
 
@@ -178,6 +178,7 @@ class SpikeGuard:
         self._quiet = 0  # steps since the last event
         self._slow_left = 0
         self._rates: list[Any] | None = None  # of the groups, while they are lowered
+        self._resumed = False
         optimizer.register_step_post_hook(lambda *_: self._restore_rates())
 
     # --- what a loop calls ------------------------------------------------------------------------
@@ -192,11 +193,12 @@ class SpikeGuard:
             Whether to make the update. False after ``"skip"`` and ``"back"``.
 
         Raises:
-            RuntimeError: the guard has gone back ``patience`` times and the spike is still there.
+            RuntimeError: the guard has gone back ``patience`` times and the spike is still there, or it has
+                skipped as often and the loss is still not finite.
             ValueError: the folder has checkpoints of an earlier run, and :meth:`resume` was not called.
         """
         self._restore_rates()  # if the loop left an update out on its own account
-        if self.step == 0 and self.folder is not None and self._saved():
+        if self.step == 0 and self.folder is not None and not self._resumed and self._saved():
             raise ValueError(f"{self.folder} has checkpoints of an earlier run: call resume(), or empty it")
         value = float(loss.detach() if isinstance(loss, Tensor) else loss)
         event = self._look_at_loss(value) or self._look_at_ratio()
@@ -236,7 +238,7 @@ class SpikeGuard:
             if name not in own["also"]:
                 raise ValueError(f"{saved[-1]} has no {name!r}: it has {sorted(own['also'])}")
             thing.load_state_dict(own["also"][name])
-        self.step, self._slow_left = own["step"], own["slow_left"]
+        self.step, self._slow_left, self._resumed = own["step"], own["slow_left"], True
         self._in_a_row, self._quiet = own["in_a_row"], own["quiet"]
         self._losses.extend(own["losses"])
         self._recent.extend(own["recent"])
@@ -250,7 +252,8 @@ class SpikeGuard:
         if self.on_loss is None:
             return None
         if not math.isfinite(value):
-            return Event(self.step, "not finite", "", str(value), self.loss_limit, self.on_loss)
+            action = "skip" if self.on_loss == "slow" else self.on_loss  # no rate is low enough for it
+            return Event(self.step, "not finite", "", str(value), self.loss_limit, action)
         if len(self._losses) < self.window:
             return None
         median = float(np.median(self._losses))
@@ -271,7 +274,8 @@ class SpikeGuard:
         updates = coming_updates(self.optimizer, self._adam_blocks(), self.entries)
         if not updates:
             return None
-        beyond = [(update.ratio.abs() > BEYOND).float().mean() for update in updates.values()]
+        # Not "beyond", so that NaN counts.
+        beyond = [1 - (update.ratio.abs() <= BEYOND).float().mean() for update in updates.values()]
         shares = dict(zip(updates, torch.stack(beyond).tolist(), strict=True))
         worst = max(shares, key=lambda name: shares[name])
         if shares[worst] <= self.ratio_limit:
@@ -298,6 +302,10 @@ class SpikeGuard:
             self._go_back(event)
             return False
         if event.action == "skip" and self._in_a_row > self.patience:
+            if event.cause == "not finite":
+                raise RuntimeError(
+                    f"the loss is {event.value} at step {event.step}, as in the steps before"
+                )
             event = dataclasses.replace(event, action="let pass")
             self._losses.clear()
             self._recent.clear()

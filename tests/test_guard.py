@@ -252,6 +252,26 @@ def test_going_back_in_vain_ends_with_an_error(tmp_path: Path) -> None:
     assert sorted(tmp_path.glob("*.pt"))
 
 
+def test_a_loss_that_stays_nan_is_not_let_pass() -> None:
+    loop = Loop(on_loss="skip", patience=3).run(40)
+    assert [loop.step(loss=float("nan")) for _ in range(3)] == [False] * 3
+    with pytest.raises(RuntimeError, match="the loss is nan at step 43, as in the steps before"):
+        loop.step(loss=float("nan"))
+
+
+def test_no_rate_is_low_enough_for_nan() -> None:
+    loop = Loop(on_loss="slow").run(40)
+    assert not loop.step(loss=float("nan"))
+    assert loop.events() == [(40, "not finite", "skip")]
+
+
+def test_gradients_that_are_not_finite_count_as_beyond() -> None:
+    loop = Loop(on_ratio="skip").run(60)
+    assert not loop.step(loud=float("nan"))
+    assert loop.events() == [(60, "ratio", "skip")]
+    assert all(torch.isfinite(weight).all() for weight in loop.weights())
+
+
 def test_spikes_far_apart_do_not_try_its_patience(tmp_path: Path) -> None:
     loop = Loop(on_loss="back", folder=tmp_path, save_every=10, margin=5, patience=1).run(45)
     for _ in range(4):
@@ -326,6 +346,13 @@ def test_a_resumed_run_is_the_unbroken_one(tmp_path: Path) -> None:
     again.run(25)
     assert equal(again.weights(), whole.weights())
     assert again.guard._losses == whole.guard._losses
+
+
+def test_a_run_killed_before_its_second_checkpoint_begins_again(tmp_path: Path) -> None:
+    Loop(folder=tmp_path).run(3)
+    loop = Loop(folder=tmp_path)
+    assert loop.guard.resume() == 0
+    loop.run(3)
 
 
 def test_resuming_restores_what_else_was_saved(tmp_path: Path) -> None:
