@@ -34,6 +34,8 @@ from minisign.optim.base import (
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from minisign.kernels.rule import Rule
+
 
 def adamw_update(
     p: Tensor,  # θ, any shape
@@ -108,6 +110,7 @@ class AdamW(RowOptimizer):
     """
 
     buffers = ("exp_avg", "exp_avg_sq")
+    counts = True
     update = staticmethod(adamw_update)
 
     def __init__(
@@ -127,14 +130,6 @@ class AdamW(RowOptimizer):
         check_betas(group["betas"])
         check_number("epsilon value", group["eps"], 0.0)
 
-    def _init_state(self, p: Tensor, group: Group) -> Group:
-        state = super()._init_state(p, group)
-        if "step" not in state:
-            # On the device only where a CUDA graph must see it count: elsewhere reading it would wait.
-            device = p.device if group["capturable"] else "cpu"
-            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-        return state
-
     def _hyper(self, group: Group) -> Group:
         beta1, beta2 = group["betas"]
         return dict(
@@ -146,8 +141,23 @@ class AdamW(RowOptimizer):
         )
 
     def _own_hyper(self, p: Tensor, state: Group, group: Group, hyper: Group) -> Group:
-        state["step"] += 1
         return {**hyper, "step": state["step"] if group["capturable"] else state["step"].item()}
+
+    def _rule(self, group: Group) -> Rule:
+        from minisign.kernels.rule import ADAMW, Rule
+
+        beta1, beta2 = group["betas"]
+        return Rule(
+            ADAMW,
+            learning_rate(group),
+            group["weight_decay"],
+            keep=beta1,
+            weight=1 - beta1,
+            betas=(beta1, beta2),
+            eps=group["eps"],
+            maximize=group["maximize"],
+            rounded=group["stochastic_rounding"],
+        )
 
     def _decay_rates(self, group: Group) -> tuple[float, ...]:
         return tuple(group["betas"])

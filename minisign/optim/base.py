@@ -1,11 +1,14 @@
 """What every optimizer of minisign shares, written once.
 
-A parameter's gradient takes one of three roads to its update:
+A parameter's gradient takes one of four roads to its update:
 
     dense          the update function sees the whole tensor
     foreach        the same, for a list of tensors in one call
     rows           lazy or sparse gradients: the touched rows are gathered, the update function
                    sees only those, and they are written back; every other row keeps its bits
+    fused          all tensors of a group in one pass, by the kernels of minisign.kernels (fused.py)
+
+Arithmetic is float32 or float64: what is narrower is widened first, and rounded once at the end.
 
 An optimizer adds its mathematics as a pure function on (parameter, gradient, buffers); this file
 knows nothing of signs or moments.
@@ -15,18 +18,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
 
+from minisign.optim.rounding import noise_of, places, round_at_random
 from minisign.optim.rows import take_rows
+
+if TYPE_CHECKING:
+    from minisign.kernels.rule import Rule
 
 Group: TypeAlias = dict[str, Any]
 Params: TypeAlias = Iterable[Any]
 
 LAZY = (False, "grad", "ids")
 LAZY_MOMENTUM = ("freeze", "decay")
+FUSED = (False, True, "cpu", "triton")
+WIDE = {torch.float32, torch.float64}  # what arithmetic is done in
+STATE_TYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class ExactOptimizer(torch.optim.Optimizer):
@@ -82,12 +92,21 @@ class RowOptimizer(ExactOptimizer):
       a lazy optimizer (kexue.fm/archives/6869).
     - ``maximize``, ``foreach``, ``capturable``, ``differentiable``: as in ``torch.optim``. ``foreach``
       defaults to on where all parameters of a group are on a GPU; the result is the same.
+    - ``fused``: all tensors of the group in one pass, by Triton kernels on a GPU and by C++ on a CPU,
+      compiled at first use; RuntimeError where Triton or a compiler is missing. float32, bfloat16 and
+      float16 in any mix, dense tensors of one memory order; others, and lazy rows with
+      ``lazy_momentum="decay"``, Tiger's ``accumulate`` or ``scale="rms"``, take the plain road.
+      ``"cpu"`` or ``"triton"`` names the back end.
+    - ``state_dtype``: of the buffers, say ``torch.bfloat16``; ``None``: that of the parameter.
+    - ``stochastic_rounding``: bfloat16 parameters are rounded at random (see rounding.py), so that steps
+      far below their spacing count on average; ``seed`` says which randomness.
 
-    A subclass sets ``buffers`` and ``update``, its pure function, and implements ``_hyper``,
-    ``_decay_rates`` and ``_update_foreach``.
+    A subclass sets ``buffers``, ``counts`` (whether it needs the number of a step) and ``update``, its pure
+    function, and implements ``_hyper``, ``_decay_rates``, ``_update_foreach`` and ``_rule``.
     """
 
     buffers: ClassVar[tuple[str, ...]] = ("momentum",)
+    counts: ClassVar[bool] = False
     # One step in place: update(p, g, *buffers, **hyper), on a tensor or on gathered rows of it.
     update: ClassVar[Callable[..., None]]
 
@@ -114,6 +133,14 @@ class RowOptimizer(ExactOptimizer):
         """One step on a list of tensors, in place; the same result as ``update`` on each."""
         raise NotImplementedError
 
+    def _rule(self, group: Group) -> Rule:
+        """The step of a group in numbers, for the kernels."""
+        raise NotImplementedError
+
+    def _own_rule(self, p: Tensor, state: Group, group: Group, rule: Rule) -> Rule:
+        """The same with what is one (whole) parameter's own."""
+        return rule
+
     # --- torch.optim's contract -----------------------------------------------------------------
 
     def __setstate__(self, state: Group) -> None:
@@ -137,21 +164,51 @@ class RowOptimizer(ExactOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._is_overflow():
+            return loss
         with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
             for group in self.param_groups:
                 self._step_group(group)
         return loss
 
-    # --- the three roads ------------------------------------------------------------------------
+    # --- torch.amp.GradScaler: it hands its scale to optimizers that say so -----------------------
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        return any(group["fused"] for group in self.param_groups)
+
+    def _scaling(self) -> tuple[Tensor | None, Tensor | None]:
+        """(scale of the gradients, whether one of them is not finite), where a GradScaler steps."""
+        return getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+
+    def _is_overflow(self) -> bool:
+        """Whether this step is left out for an infinite gradient; the kernels see to that by themselves."""
+        found_inf = self._scaling()[1]
+        in_kernels = all(
+            group["fused"] and group.get("accumulate", 1) == 1 and all(p.is_cuda for p in group["params"])
+            for group in self.param_groups
+        )
+        return found_inf is not None and not in_kernels and bool(found_inf.item())
+
+    # --- the four roads -------------------------------------------------------------------------
 
     def _step_group(self, group: Group) -> None:
+        params = group["params"]
+        if group["fused"]:
+            from minisign.optim import fused
+
+            params = fused.step(self, group, self._cache(id(group)))
+            if not params:
+                return
         shared = self._hyper(group)
         dense: list[tuple[Tensor, Tensor, list[Tensor], Group]] = []
-        for p in group["params"]:
+        for p in params:
             g = self._gradient(p, group)
             if g is None:
                 continue
             state = self._init_state(p, group)
+            if "step" in state:
+                state["step"] += 1
             hyper = self._own_hyper(p, state, group, shared)
             buffers = [state[name] for name in self.buffers]
             if group["lazy"] or g.layout != torch.strided:
@@ -161,19 +218,59 @@ class RowOptimizer(ExactOptimizer):
                 dense.append((p, g, buffers, hyper))
         # In a loop of its own: tensors push what Python needs out of the cache, so do the rest before.
         if self._use_foreach(group):
-            self._update_together(dense)
+            self._update_together(dense, group)
         else:
             for p, g, buffers, hyper in dense:
-                self.update(p, g, *buffers, **hyper)
+                if p.dtype in WIDE and p.dtype == g.dtype == buffers[0].dtype:
+                    self.update(p, g, *buffers, **hyper)
+                else:
+                    self._update_narrow([p], [g], [[b] for b in buffers], [hyper], group)
 
-    def _update_together(self, items: list[tuple[Tensor, Tensor, list[Tensor], Group]]) -> None:
+    def _update_together(
+        self, items: list[tuple[Tensor, Tensor, list[Tensor], Group]], group: Group
+    ) -> None:
         """``_update_foreach`` for each device and dtype: torch's multi-tensor kernels want one of each."""
         kinds: dict[Any, list[tuple[Tensor, Tensor, list[Tensor], Group]]] = {}
         for item in items:
-            kinds.setdefault((item[0].device, item[0].dtype), []).append(item)
-        for kind in kinds.values():
-            ps, gs, buffers, hypers = (list(column) for column in zip(*kind, strict=True))
-            self._update_foreach(ps, gs, [list(b) for b in zip(*buffers, strict=True)], hypers)
+            dtypes = (x.dtype for x in (*item[:2], *item[2]))
+            kinds.setdefault((item[0].device, *dtypes), []).append(item)
+        for (_, *dtypes), kind in kinds.items():
+            ps, gs, rest, hypers = (list(column) for column in zip(*kind, strict=True))
+            buffers = [list(b) for b in zip(*rest, strict=True)]
+            if set(dtypes) <= WIDE and len(set(dtypes)) == 1:
+                self._update_foreach(ps, gs, buffers, hypers)
+            else:
+                self._update_narrow(ps, gs, buffers, hypers, group, foreach=True)
+
+    def _update_narrow(
+        self,
+        ps: list[Tensor],
+        gs: list[Tensor],
+        buffers: list[list[Tensor]],
+        hypers: list[Group],
+        group: Group,
+        foreach: bool = False,
+    ) -> None:
+        """The update of tensors that are not all float32 or all float64: widened, and rounded once."""
+        wide = _wide(ps[0], gs[0], *(b[0] for b in buffers))
+        wide_ps, wide_gs, *wide_buffers = ([x.to(wide) for x in column] for column in (ps, gs, *buffers))
+        if foreach:
+            self._update_foreach(wide_ps, wide_gs, wide_buffers, hypers)
+        else:
+            self.update(wide_ps[0], wide_gs[0], *(b[0] for b in wide_buffers), **hypers[0])
+        for p, wide_p in zip(ps, wide_ps, strict=True):
+            p.copy_(self._rounded(p, wide_p, group))
+        for column, wide_column in zip(buffers, wide_buffers, strict=True):
+            for b, wide_b in zip(column, wide_column, strict=True):
+                b.copy_(wide_b)
+
+    def _rounded(self, p: Tensor, wide: Tensor, group: Group, rows: Tensor | None = None) -> Tensor:
+        """New values of ``p``, or of its ``rows``, as ``p`` can hold them."""
+        if not (group["stochastic_rounding"] and p.dtype == torch.bfloat16):
+            return wide.to(p.dtype)
+        index = places(p) if rows is None else places(p)[rows]
+        noise = noise_of(group["seed"], self._number(p))
+        return round_at_random(wide.float(), index, noise, int(self.state[p]["step"].item()))
 
     def _update_rows(
         self,
@@ -184,26 +281,20 @@ class RowOptimizer(ExactOptimizer):
         hyper: Group,
         group: Group,
     ) -> None:
-        p_rows, rows_of_buffers = p[rows], [b[rows] for b in buffers]
-        self.update(p_rows, g, *rows_of_buffers, **hyper)
+        wide = _wide(p, g, *buffers)
+        p_rows, rows_of_buffers = p[rows].to(wide), [b[rows].to(wide) for b in buffers]
+        self.update(p_rows, g.to(wide), *rows_of_buffers, **hyper)
         if group["lazy_momentum"] == "decay":
             for b, rate in zip(buffers, self._decay_rates(group), strict=True):
                 b.mul_(rate)
-        p.index_copy_(0, rows, p_rows)
+        p.index_copy_(0, rows, self._rounded(p, p_rows, group, rows))
         for b, b_rows in zip(buffers, rows_of_buffers, strict=True):
-            b.index_copy_(0, rows, b_rows)
+            b.index_copy_(0, rows, b_rows.to(b.dtype))
 
     def _touched_rows(self, p: Tensor, g: Tensor, group: Group) -> tuple[Tensor, Tensor]:
         """The rows a lazy step moves, and their gradient."""
         if g.layout != torch.strided:
-            if g.layout != torch.sparse_coo or g.sparse_dim() != 1:
-                raise RuntimeError(
-                    f"{self._name} takes dense gradients and those of nn.Embedding(sparse=True), "
-                    f"got layout {g.layout} for a parameter of shape {tuple(p.shape)}"
-                )
-            # Duplicates must be added up before the sign: sign(a) + sign(b) is not sign(a + b).
-            g = g.coalesce()
-            rows, values = g.indices()[0], g.values()
+            rows, values = self._sparse_rows(p, g)
             if group["lazy"] == "grad":
                 keep = nonzero_rows(values)
                 rows, values = rows[keep], values[keep]
@@ -211,11 +302,28 @@ class RowOptimizer(ExactOptimizer):
         rows = take_rows(p) if group["lazy"] == "ids" else nonzero_rows(g)
         return rows, g[rows]
 
+    def _sparse_rows(self, p: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows [U] of a sparse gradient, each once, and their values [U, …]."""
+        if g.layout != torch.sparse_coo or g.sparse_dim() != 1:
+            raise RuntimeError(
+                f"{self._name} takes dense gradients and those of nn.Embedding(sparse=True), "
+                f"got layout {g.layout} for a parameter of shape {tuple(p.shape)}"
+            )
+        # Duplicates must be added up before the sign: sign(a) + sign(b) is not sign(a + b).
+        g = g.coalesce()
+        return g.indices()[0], g.values()
+
     def _gradient(self, p: Tensor, group: Group) -> Tensor | None:
         """What to descend along; None leaves the parameter alone."""
-        if p.grad is None or not group["maximize"]:
-            return p.grad
-        return -p.grad
+        g = self._raw_gradient(p, group)
+        grad_scale = self._scaling()[0]
+        if g is not None and grad_scale is not None:
+            g = g * (1 / grad_scale.to(g.device))
+        return g if g is None or not group["maximize"] else -g
+
+    def _raw_gradient(self, p: Tensor, group: Group) -> Tensor | None:
+        """The gradient as autograd left it."""
+        return p.grad
 
     # --- small things ---------------------------------------------------------------------------
 
@@ -223,8 +331,31 @@ class RowOptimizer(ExactOptimizer):
         state = self.state[p]
         if not state:
             for name in self.buffers:
-                state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                state[name] = torch.zeros_like(
+                    p, dtype=group["state_dtype"], memory_format=torch.preserve_format
+                )
+        if self.counts or group["stochastic_rounding"]:
+            # On the device only where a CUDA graph or a kernel must see it: elsewhere reading would wait.
+            device = p.device if group["capturable"] or group["fused"] else torch.device("cpu")
+            if "step" not in state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            elif state["step"].device != device:
+                state["step"] = state["step"].to(device)
         return state
+
+    def _number(self, p: Tensor) -> int:
+        """The place of ``p`` among the optimizer's parameters."""
+        cache = self._cache("numbers")
+        if id(p) not in cache:
+            cache.clear()
+            params = (q for group in self.param_groups for q in group["params"])
+            cache.update({id(q): i for i, q in enumerate(params)})
+        return int(cache[id(p)])
+
+    def _cache(self, of: Any) -> dict[Any, Any]:
+        """What can be made again at any time, and so is part of no copy and no checkpoint."""
+        caches: dict[Any, dict[Any, Any]] = self.__dict__.setdefault("_caches", {})
+        return caches.setdefault(of, {})
 
     def _use_foreach(self, group: Group) -> bool:
         if group["foreach"] is None:
@@ -246,8 +377,21 @@ class RowOptimizer(ExactOptimizer):
         self._check(group)
         check_choice("lazy", group["lazy"], LAZY)
         check_choice("lazy_momentum", group["lazy_momentum"], LAZY_MOMENTUM)
-        if group["foreach"] and group["differentiable"]:
-            raise ValueError("foreach=True and differentiable=True exclude each other")
+        check_choice("fused", group["fused"], FUSED)
+        check_choice("state_dtype", group["state_dtype"], STATE_TYPES)
+        check_whole("seed", group["seed"])
+        for one, other in (
+            ("foreach", "differentiable"),
+            ("fused", "differentiable"),
+            ("fused", "foreach"),
+        ):
+            if group[one] and group[other]:
+                raise ValueError(f"{one}=True and {other}=True exclude each other")
+        if group["stochastic_rounding"] and group["capturable"] and not group["fused"]:
+            raise ValueError(
+                "stochastic_rounding=True with capturable=True needs fused=True: only a kernel draws anew "
+                "each time a CUDA graph runs"
+            )
         names = group.get("param_names") or ["a parameter"] * len(group["params"])
         for name, p in zip(names, group["params"], strict=True):
             if p.layout != torch.strided or not p.is_floating_point():
@@ -260,6 +404,16 @@ class RowOptimizer(ExactOptimizer):
                     f"lazy={group['lazy']!r} needs parameters with rows (two or more dimensions), "
                     f"got {name} of shape {tuple(p.shape)}"
                 )
+            if group["stochastic_rounding"] and p.dtype == torch.float16:
+                raise ValueError(
+                    f"stochastic_rounding=True is for bfloat16 parameters, got {name} of shape "
+                    f"{tuple(p.shape)}, {p.dtype}"
+                )
+        if group["fused"]:
+            from minisign.optim import fused
+
+            for device in {p.device for p in group["params"]}:
+                fused.check(group["fused"], device)
 
 
 class SharedOptions(TypedDict, total=False):
@@ -271,6 +425,10 @@ class SharedOptions(TypedDict, total=False):
     foreach: bool | None
     capturable: bool
     differentiable: bool
+    fused: bool | str
+    state_dtype: torch.dtype | None
+    stochastic_rounding: bool
+    seed: int
 
 
 def with_shared(options: SharedOptions, **own: Any) -> Group:
@@ -282,6 +440,10 @@ def with_shared(options: SharedOptions, **own: Any) -> Group:
         "foreach": None,
         "capturable": False,
         "differentiable": False,
+        "fused": False,
+        "state_dtype": None,
+        "stochastic_rounding": False,
+        "seed": 0,
     }
     if unknown := sorted(set(options) - set(shared)):
         raise TypeError(f"unknown option {unknown[0]!r}: choose from {', '.join([*own, *shared])}")
@@ -289,11 +451,18 @@ def with_shared(options: SharedOptions, **own: Any) -> Group:
 
 
 def learning_rate(group: Group) -> float | Tensor:
-    """The group's rate: a number, unless a CUDA graph or autograd has to see the tensor."""
+    """The group's rate: a number, unless a CUDA graph, a kernel or autograd has to see the tensor."""
     lr = group["lr"]
-    if isinstance(lr, Tensor) and not (group["capturable"] or group["differentiable"]):
+    if isinstance(lr, Tensor) and not (
+        group["capturable"] or group["differentiable"] or (group["fused"] and lr.is_cuda)
+    ):
         return float(lr)
     return lr
+
+
+def _wide(*tensors: Tensor) -> torch.dtype:
+    """What arithmetic on these is done in."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 def nonzero_rows(g: Tensor) -> Tensor:
@@ -336,6 +505,11 @@ def check_number(name: str, value: Any, low: float, below: float = math.inf) -> 
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not (low <= value < below):
         raise ValueError(f"Invalid {name}: {value} (must be in [{low:g}, {below:g}))")
+
+
+def check_whole(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
 
 
 def check_lr(lr: Any) -> None:

@@ -30,6 +30,8 @@ from minisign.optim.base import (
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from minisign.kernels.rule import Rule
+
 
 def lion_update(
     p: Tensor,  # θ, any shape
@@ -96,6 +98,21 @@ class Lion(RowOptimizer):
     def _hyper(self, group: Group) -> Group:
         beta1, beta2 = group["betas"]
         return dict(lr=learning_rate(group), beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"])
+
+    def _rule(self, group: Group) -> Rule:
+        from minisign.kernels.rule import LION, Rule
+
+        beta1, beta2 = group["betas"]
+        return Rule(
+            LION,
+            learning_rate(group),
+            group["weight_decay"],
+            keep=beta2,
+            weight=1 - beta2,
+            toward=1 - beta1,
+            maximize=group["maximize"],
+            rounded=group["stochastic_rounding"],
+        )
 
     def _decay_rates(self, group: Group) -> tuple[float, ...]:
         return (group["betas"][1],)

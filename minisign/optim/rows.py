@@ -54,15 +54,30 @@ def track_rows(module: nn.Module) -> TrackedRows:
 
 def take_rows(weight: Tensor) -> Tensor:
     """Indices [U] of the rows of ``weight`` recorded since the last call, which it forgets."""
-    mask = _LOOKED_UP.get(weight)
+    mask = recorded_rows(weight)
+    rows: Tensor = mask.nonzero().squeeze(1)
+    mask.zero_()
+    return rows
+
+
+def forget_rows(weight: Tensor, unless: Tensor | None = None) -> None:
+    """Ends the record of ``weight``; not where ``unless`` [1] is not 0 (a step that was not made)."""
+    mask = recorded_rows(weight)
+    if unless is None:
+        mask.zero_()
+    else:
+        mask.logical_and_(unless != 0)
+
+
+def recorded_rows(weight: Tensor) -> Tensor:
+    """Mask [V] of the rows of ``weight`` recorded since a step, itself, not a copy."""
+    mask: Tensor | None = _LOOKED_UP.get(weight)
     if mask is None:
         raise RuntimeError(
             f"lazy='ids' needs recorded rows, but nothing tracks the parameter of shape "
             f"{tuple(weight.shape)}: call minisign.track_rows(embedding) before training"
         )
-    rows: Tensor = mask.nonzero().squeeze(1)
-    mask.zero_()
-    return rows
+    return mask
 
 
 def _mask(weight: Tensor) -> Tensor:

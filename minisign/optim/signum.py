@@ -30,6 +30,8 @@ from minisign.optim.base import (
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from minisign.kernels.rule import Rule
+
 
 def signum_update(
     p: Tensor,  # θ, any shape
@@ -90,6 +92,20 @@ class Signum(RowOptimizer):
 
     def _hyper(self, group: Group) -> Group:
         return dict(lr=learning_rate(group), beta=group["beta"], weight_decay=group["weight_decay"])
+
+    def _rule(self, group: Group) -> Rule:
+        from minisign.kernels.rule import MOMENTUM, Rule
+
+        beta = group["beta"]
+        return Rule(
+            MOMENTUM,
+            learning_rate(group),
+            group["weight_decay"],
+            keep=beta,
+            weight=1 - beta,
+            maximize=group["maximize"],
+            rounded=group["stochastic_rounding"],
+        )
 
     def _decay_rates(self, group: Group) -> tuple[float, ...]:
         return (group["beta"],)

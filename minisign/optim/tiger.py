@@ -33,6 +33,7 @@ Where this differs from the author's code:
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,6 +53,8 @@ from minisign.optim.base import (
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from minisign.kernels.rule import Rule
 
 # The author's rule, for groups that say what they hold (minisign.param_groups).
 KINDS: dict[str, Group] = {
@@ -82,13 +85,13 @@ def tiger_update(
     keep: float | Tensor,  # what is left of m: β, or 1 after the first micro-batch
     weight: float,  # of the gradient: (1 − β)/k
     weight_decay: float,  # λ
-    shrink: float,  # s
+    shrink: float | None,  # s; None: the gradient is taken as it is
     center: float,  # c
     move: bool,  # False until the last micro-batch
 ) -> None:
     """One micro-step of Tiger on one tensor, in place."""
-    if p.is_cpu:
-        if not all_finite(g, m):
+    if p.is_cpu or shrink is None:
+        if shrink is not None and not all_finite(g, m):
             p.sub_(center).mul_(shrink).add_(center)
             return
         take(m, g, keep, weight)
@@ -122,16 +125,18 @@ def tiger_update_foreach(
     keeps: list[float],
     weight: float,
     weight_decay: float,
-    shrink: float,
+    shrink: float | None,
     center: float,
     move: bool,
 ) -> None:
     """:func:`tiger_update` for a list of tensors; waits for the device once, to learn what is finite."""
-    # A norm that is finite has finite parts; one that is not may merely have overflowed.
-    norms = torch.stack([norm.double() for norm in torch._foreach_norm(gs)]).tolist()
-    finite = [math.isfinite(x) or bool(torch.isfinite(g).all()) for x, g in zip(norms, gs, strict=True)]
+    finite = [True] * len(gs)
+    if shrink is not None:
+        # A norm that is finite has finite parts; one that is not may merely have overflowed.
+        norms = torch.stack([norm.double() for norm in torch._foreach_norm(gs)]).tolist()
+        finite = [math.isfinite(x) or bool(torch.isfinite(g).all()) for x, g in zip(norms, gs, strict=True)]
     for p, ok in zip(ps, finite, strict=True):
-        if not ok:
+        if not ok and shrink is not None:
             p.sub_(center).mul_(shrink).add_(center)
     if not any(finite):
         return
@@ -175,7 +180,8 @@ class Tiger(RowOptimizer):
             number, taken as it is for every shape (1.0 is the base form of kexue.fm/archives/9736).
         accumulate: k ≥ 1 micro-batches a step, each with its own mean gradient. Moves exactly as one
             step on their mean.
-        shrink: s in [0, 1], the factor of the weights where the gradient is not finite.
+        shrink: s in [0, 1], the factor of the weights where the gradient is not finite. ``None``: the
+            gradient is taken as it is, and not read once more to find out.
         options: see :class:`~minisign.optim.base.RowOptimizer`. ``capturable`` excludes
             ``accumulate`` > 1, whose count a CUDA graph would freeze.
 
@@ -198,7 +204,7 @@ class Tiger(RowOptimizer):
         *,
         scale: str | float = "rms",
         accumulate: int = 1,
-        shrink: float = 0.99,
+        shrink: float | None = 0.99,
         **options: Unpack[SharedOptions],
     ) -> None:
         super().__init__(
@@ -226,7 +232,8 @@ class Tiger(RowOptimizer):
 
     def _check(self, group: Group) -> None:
         check_number("beta", group["beta"], 0.0, 1.0)
-        check_number("shrink", group["shrink"], 0.0, math.nextafter(1.0, 2.0))
+        if group["shrink"] is not None:
+            check_number("shrink", group["shrink"], 0.0, math.nextafter(1.0, 2.0))
         check_number("center", group["center"], -math.inf)
         scale, k = group["scale"], group["accumulate"]
         if isinstance(scale, str):
@@ -249,8 +256,8 @@ class Tiger(RowOptimizer):
         super()._step_group(group)
         group["micro_step"] = (group["micro_step"] + 1) % group["accumulate"]
 
-    def _gradient(self, p: Tensor, group: Group) -> Tensor | None:
-        g = super()._gradient(p, group)
+    def _raw_gradient(self, p: Tensor, group: Group) -> Tensor | None:
+        g = super()._raw_gradient(p, group)
         if g is None and group["accumulate"] > 1 and _is_last(group):
             # It had gradients earlier in this cycle: this one counts as zero, and it moves.
             if self.state[p].get("taken"):
@@ -272,6 +279,34 @@ class Tiger(RowOptimizer):
             move=_is_last(group),
         )
 
+    def _rule(self, group: Group) -> Rule:
+        from minisign.kernels.rule import MOMENTUM, NUMBER, RMS, ROW_RMS, Rule
+
+        lr, scale, shrink = learning_rate(group), group["scale"], group["shrink"]
+        return Rule(
+            MOMENTUM,
+            lr * (scale if isinstance(scale, (int, float)) else 1),
+            group["weight_decay"],
+            keep=group["beta"],
+            weight=(1 - group["beta"]) / group["accumulate"],
+            scale={"rms": RMS, "row_rms": ROW_RMS}.get(scale, NUMBER),
+            guard=shrink is not None,
+            shrink=1.0 if shrink is None else shrink,
+            center=group["center"],
+            move=_is_last(group),
+            maximize=group["maximize"],
+            rounded=group["stochastic_rounding"],
+        )
+
+    def _own_rule(self, p: Tensor, state: Group, group: Group, rule: Rule) -> Rule:
+        return replace(rule, keep=self._keep(state, group)) if group["accumulate"] > 1 else rule
+
+    def _keep(self, state: Group, group: Group) -> float:
+        """What is left of m at this micro-batch; notes that it has taken a gradient in this cycle."""
+        keep = 1.0 if state.get("taken") else group["beta"]
+        state["taken"] = 0 if _is_last(group) else state.get("taken", 0) + 1
+        return keep
+
     def _own_hyper(self, p: Tensor, state: Group, group: Group, hyper: Group) -> Group:
         scale = group["scale"]
         if isinstance(scale, str):
@@ -280,8 +315,7 @@ class Tiger(RowOptimizer):
             elif hyper["move"] and (scale == "rms" or not self._by_rows(p, group)):
                 hyper = {**hyper, "eta": hyper["eta"] * rms(p, by_row=scale == "row_rms")}
         if group["accumulate"] > 1 and not self._by_rows(p, group):
-            hyper = {**hyper, "keep": 1.0 if state.get("taken") else hyper["keep"]}
-            state["taken"] = 0 if hyper["move"] else state.get("taken", 0) + 1
+            hyper = {**hyper, "keep": self._keep(state, group)}
         return hyper
 
     def _decay_rates(self, group: Group) -> tuple[float, ...]:
