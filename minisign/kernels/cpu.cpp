@@ -221,11 +221,20 @@ double sum_of_squares(void* data, int type, int64_t start, int64_t n) {
   return sum;
 }
 
+uint32_t some_not_finite(const float* x, int64_t n) {
+  uint32_t bad = 0;
+  for (int64_t i = 0; i < n; i++) bad |= (float_to_bits(x[i]) & 0x7f800000u) == 0x7f800000u;
+  return bad;
+}
+
 bool all_finite(void* data, int type, int64_t start, int64_t n) {
   if (type == FLOAT32) {
+    // Four places at once: one core reads several streams faster than one.
     const float* x = static_cast<float*>(data) + start;
-    uint32_t bad = 0;
-    for (int64_t i = 0; i < n; i++) bad |= (float_to_bits(x[i]) & 0x7f800000u) == 0x7f800000u;
+    const int64_t quarter = n / 4;
+    uint32_t bad = some_not_finite(x + 4 * quarter, n % 4);
+    for (int64_t i = 0; i < quarter; i += 64)
+      for (int64_t k = 0; k < 4; k++) bad |= some_not_finite(x + k * quarter + i, std::min<int64_t>(64, quarter - i));
     return !bad;
   }
   const uint16_t* x = static_cast<uint16_t*>(data) + start;
