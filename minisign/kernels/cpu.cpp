@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 namespace {
 
@@ -263,21 +264,49 @@ Own with_rate(const Shared& s, Own own, const Tensor& t, float size) {
 // --- one tensor ------------------------------------------------------------------------------------
 
 bool is_zero(const void* data, int type, int64_t start, int64_t n) {
-  uint32_t any = 0;  // −0 is 0 too, NaN is not
-  if (type == FLOAT32) {
-    const float* x = static_cast<const float*>(data) + start;
-    for (int64_t i = 0; i < n; i++) any |= float_to_bits(x[i]) << 1;
-  } else {
-    const uint16_t* x = static_cast<const uint16_t*>(data) + start;
-    for (int64_t i = 0; i < n; i++) any |= uint32_t(x[i]) << 17;
+  for (int64_t done = 0; done < n; done += 64) {
+    const int64_t end = std::min(done + 64, n);
+    uint32_t any = 0;  // −0 is 0 too, NaN is not
+    if (type == FLOAT32) {
+      const float* x = static_cast<const float*>(data) + start;
+      for (int64_t i = done; i < end; i++) any |= float_to_bits(x[i]) << 1;
+    } else {
+      const uint16_t* x = static_cast<const uint16_t*>(data) + start;
+      for (int64_t i = done; i < end; i++) any |= uint32_t(x[i]) << 17;
+    }
+    if (any) return false;
   }
-  return !any;
+  return true;
 }
 
-bool row_moves(const Tensor& t, const Shared& s, int64_t i) {
-  if (s.rows == MASK) return static_cast<const bool*>(t.rows)[i];
-  if (s.rows == BY_GRADIENT || s.rows == LIST_BY_GRADIENT) return !is_zero(t.g, s.g_type, i * t.width, t.width);
-  return true;
+// Which rows move, by their place in the gradient.
+std::vector<int64_t> moving_rows(const Tensor& t, const Shared& s, int threads) {
+  std::vector<int64_t> found;
+  if (s.rows == MASK) {
+    const uint8_t* mask = static_cast<const uint8_t*>(t.rows);
+    for (int64_t i = 0; i < t.count; i++) {
+      uint64_t eight = 1;
+      if (i % 8 == 0 && i + 8 <= t.count) std::memcpy(&eight, mask + i, 8);
+      if (!eight) i += 7;
+      else if (mask[i]) found.push_back(i);
+    }
+    return found;
+  }
+  std::vector<uint8_t> moves(t.count, 1);
+  if (s.rows == BY_GRADIENT || s.rows == LIST_BY_GRADIENT) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && t.count * t.width > WORTH_A_THREAD)
+    for (int64_t i = 0; i < t.count; i++) moves[i] = !is_zero(t.g, s.g_type, i * t.width, t.width);
+  }
+  for (int64_t i = 0; i < t.count; i++)
+    if (moves[i]) found.push_back(i);
+  return found;
+}
+
+// Reads a byte here and there. Rows lie on pages of their own, and a page that was not used lately is slow
+// to find: with eight rows at a time the processor looks for several at once.
+void visit(const void* data, int type, int64_t start, int64_t n) {
+  const volatile char* first = static_cast<const char*>(data) + start * bytes_of(type);
+  for (int64_t i = 0; i < n * bytes_of(type); i += 2048) (void)first[i];
 }
 
 void step_tensor(const Tensor& t, const Shared& s, int threads) {
@@ -312,22 +341,30 @@ void step_tensor(const Tensor& t, const Shared& s, int threads) {
       update_span(t, s, own, c * WORTH_A_THREAD, c * WORTH_A_THREAD, length_of(c));
     return;
   }
-  const bool many = threads > 1 && t.count * t.width > WORTH_A_THREAD;
+  const std::vector<int64_t> rows = moving_rows(t, s, threads);
+  const int64_t count = rows.size();
+  const bool many = threads > 1 && count * t.width > WORTH_A_THREAD;
   if (s.guard && s.fold) {
     int bad = 0;
 #pragma omp parallel for num_threads(threads) if (many) reduction(| : bad)
-    for (int64_t i = 0; i < t.count; i++)
-      if (s.rows != MASK || row_moves(t, s, i)) bad |= !all_finite(t.g, s.g_type, i * t.width, t.width);
+    for (int64_t j = 0; j < count; j++) bad |= !all_finite(t.g, s.g_type, rows[j] * t.width, t.width);
     own.finite = !bad;
   }
   const auto* indices = s.rows >= LIST ? static_cast<const int64_t*>(t.rows) : nullptr;
-#pragma omp parallel for num_threads(threads) if (many) schedule(static, 64)
-  for (int64_t i = 0; i < t.count; i++) {
-    if (!row_moves(t, s, i)) continue;
-    const int64_t start = (indices ? indices[i] : i) * t.width;
-    const bool by_row = s.scale == ROW_RMS && s.move && own.finite;
-    const float size = by_row ? rms(sum_of_squares(t.p, s.p_type, start, t.width), t.width) : 1.0f;
-    update_span(t, s, with_rate(s, own, t, size), start, i * t.width, t.width);
+  const auto start_of = [&](int64_t j) { return (indices ? indices[rows[j]] : rows[j]) * t.width; };
+#pragma omp parallel for num_threads(threads) if (many)
+  for (int64_t first = 0; first < count; first += 8) {
+    const int64_t end = std::min(first + 8, count);
+    for (int64_t j = first; j < end && s.rows != ALL; j++) {
+      visit(t.p, s.p_type, start_of(j), t.width);
+      visit(t.m, s.m_type, start_of(j), t.width);
+    }
+    for (int64_t j = first; j < end; j++) {
+      const int64_t start = start_of(j);
+      const bool by_row = s.scale == ROW_RMS && s.move && own.finite;
+      const float size = by_row ? rms(sum_of_squares(t.p, s.p_type, start, t.width), t.width) : 1.0f;
+      update_span(t, s, with_rate(s, own, t, size), start, rows[j] * t.width, t.width);
+    }
   }
 }
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from minisign.kernels.rule import ADAMW, Rule
 from minisign.optim.base import (
     Group,
     Params,
@@ -33,8 +34,6 @@ from minisign.optim.base import (
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from minisign.kernels.rule import Rule
 
 
 def adamw_update(
@@ -144,8 +143,6 @@ class AdamW(RowOptimizer):
         return {**hyper, "step": state["step"] if group["capturable"] else state["step"].item()}
 
     def _rule(self, group: Group) -> Rule:
-        from minisign.kernels.rule import ADAMW, Rule
-
         beta1, beta2 = group["betas"]
         return Rule(
             ADAMW,

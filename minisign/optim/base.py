@@ -18,16 +18,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypedDict
+from typing import Any, ClassVar, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
 
+from minisign.kernels.rule import Rule
 from minisign.optim.rounding import noise_of, places, round_at_random
 from minisign.optim.rows import take_rows
-
-if TYPE_CHECKING:
-    from minisign.kernels.rule import Rule
 
 Group: TypeAlias = dict[str, Any]
 Params: TypeAlias = Iterable[Any]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from minisign.kernels.rule import LION, Rule
 from minisign.optim.base import (
     Group,
     Params,
@@ -29,8 +30,6 @@ from minisign.optim.base import (
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from minisign.kernels.rule import Rule
 
 
 def lion_update(
@@ -100,8 +99,6 @@ class Lion(RowOptimizer):
         return dict(lr=learning_rate(group), beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"])
 
     def _rule(self, group: Group) -> Rule:
-        from minisign.kernels.rule import LION, Rule
-
         beta1, beta2 = group["betas"]
         return Rule(
             LION,

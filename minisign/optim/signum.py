@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from minisign.kernels.rule import MOMENTUM, Rule
 from minisign.optim.base import (
     Group,
     Params,
@@ -29,8 +30,6 @@ from minisign.optim.base import (
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from minisign.kernels.rule import Rule
 
 
 def signum_update(
@@ -94,8 +93,6 @@ class Signum(RowOptimizer):
         return dict(lr=learning_rate(group), beta=group["beta"], weight_decay=group["weight_decay"])
 
     def _rule(self, group: Group) -> Rule:
-        from minisign.kernels.rule import MOMENTUM, Rule
-
         beta = group["beta"]
         return Rule(
             MOMENTUM,

@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from minisign.kernels.rule import MOMENTUM, NUMBER, RMS, ROW_RMS, Rule
 from minisign.optim.base import (
     Group,
     Params,
@@ -53,8 +54,6 @@ from minisign.optim.base import (
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from minisign.kernels.rule import Rule
 
 # The author's rule, for groups that say what they hold (minisign.param_groups).
 KINDS: dict[str, Group] = {
@@ -280,8 +279,6 @@ class Tiger(RowOptimizer):
         )
 
     def _rule(self, group: Group) -> Rule:
-        from minisign.kernels.rule import MOMENTUM, NUMBER, RMS, ROW_RMS, Rule
-
         lr, scale, shrink = learning_rate(group), group["scale"], group["shrink"]
         return Rule(
             MOMENTUM,
