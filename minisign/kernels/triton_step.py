@@ -173,6 +173,14 @@ def _squares(p):
 
 
 @triton.jit
+def _look(line, i, mask, squares, bad, FORM: tl.constexpr, MASKED: tl.constexpr):
+    if FORM.guard:
+        tl.atomic_max(bad, _some_not_finite(_load(_pointer(line, 1, FORM.g, FORM), i, mask, MASKED)))
+    if FORM.scale == _RMS:
+        tl.atomic_add(squares, _squares(_load(_pointer(line, 0, FORM.p, FORM), i, mask, MASKED)))
+
+
+@triton.jit
 def _rms(squares, count):
     size = tl.sqrt(squares / count).to(tl.float32)
     return tl.where(size == 0, 1.0, size)
@@ -261,12 +269,10 @@ def step_blocks(
     mask = i < size
     if tl.load(found_inf) == 0:
         if FORM.look:
-            if FORM.guard:
-                g = _load(_pointer(line, 1, FORM.g, FORM), i, mask, True)
-                tl.atomic_max(bad + owner, _some_not_finite(g))
-            if FORM.scale == _RMS:
-                p = _load(_pointer(line, 0, FORM.p, FORM), i, mask, True)
-                tl.atomic_add(squares + owner, _squares(p))
+            if start + FORM.block <= size:
+                _look(line, i, mask, squares + owner, bad + owner, FORM, False)
+            else:
+                _look(line, i, mask, squares + owner, bad + owner, FORM, True)
         else:
             unscale, rms, finite = numbers.sign, numbers.lr, True
             if FORM.unscale:
