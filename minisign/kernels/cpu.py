@@ -113,8 +113,8 @@ def step(
     """One call for all tensors; the arguments are those of :func:`minisign.kernels.step`."""
     if found_inf is not None and found_inf.item():
         return
-    if isinstance(rule.lr, Tensor) or rule != cache.get("rule"):
-        cache["rule"], cache["shared"] = rule, _shared(rule, launch)
+    if cache.get("launch") is not launch or isinstance(rule.lr, Tensor) or cache["rule"] != rule:
+        cache.update(launch=launch, rule=rule, shared=_shared(rule, launch))
     shared: Shared = cache["shared"]
     sign = -1.0 if rule.maximize else 1.0
     shared.unscale = sign if grad_scale is None else float(np.float32(sign) / np.float32(grad_scale.item()))

@@ -18,6 +18,7 @@ from minisign.kernels.triton_step import (
     BLOCK,
     INTERPRETED,
     ROW_BLOCK,
+    ROW_WARPS,
     WARPS,
     Form,
     Numbers,
@@ -92,7 +93,7 @@ def _launch(
         numbers_of(rule),
     )
     kernel = (step_rows if by_rows else step_blocks)[(len(table.owners),)]
-    options: dict[str, Any] = {} if INTERPRETED else dict(num_warps=WARPS, enable_fp_fusion=False)
+    options: dict[str, Any] = {} if INTERPRETED else options_of(by_rows)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         if form.guard or (rule.scale == RMS and rule.move and not by_rows):
             table.squares.zero_()
@@ -127,6 +128,11 @@ def form_of(
         aligned=aligned,
         block=BLOCK if which is None else ROW_BLOCK,
     )
+
+
+def options_of(by_rows: bool) -> dict[str, Any]:
+    """How a kernel is compiled. Triton's own default of fusing multiply-adds changes between versions."""
+    return {"num_warps": ROW_WARPS if by_rows else WARPS, "enable_fp_fusion": False}
 
 
 def numbers_of(rule: Rule) -> Numbers:

@@ -30,7 +30,7 @@ from minisign.kernels import rule
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 BLOCK = 65536 if INTERPRETED else 4096  # entries of a program; one costs the interpreter some 3 ms
 ROW_BLOCK = 1024
-WARPS = 8
+WARPS, ROW_WARPS = 8, 4  # so that a thread has 16 bytes of bfloat16 at least
 
 
 class Form(NamedTuple):

@@ -378,6 +378,10 @@ class RowOptimizer(ExactOptimizer):
         check_choice("fused", group["fused"], FUSED)
         check_choice("state_dtype", group["state_dtype"], STATE_TYPES)
         check_whole("seed", group["seed"])
+        if not isinstance(group["stochastic_rounding"], bool):
+            raise TypeError(
+                f"stochastic_rounding must be True or False, got {group['stochastic_rounding']!r}"
+            )
         for one, other in (
             ("foreach", "differentiable"),
             ("fused", "differentiable"),
