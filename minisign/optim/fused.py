@@ -34,6 +34,7 @@ from minisign.optim.rows import forget_rows, recorded_rows
 
 if TYPE_CHECKING:
     from minisign.optim.base import Group, RowOptimizer
+    from minisign.optim.tiger import Tiger
 
 
 def check(fused: bool | str, device: torch.device) -> None:
@@ -64,6 +65,22 @@ def step(optimizer: RowOptimizer, group: Group, cache: dict[Any, Any]) -> list[T
     if plan.left and found_inf is not None and found_inf.item():
         return []
     return plan.left
+
+
+def move(optimizer: Tiger, params: list[Tensor], group: Group, cache: dict[Any, Any]) -> list[Tensor]:
+    """θ moves by the sign of a momentum that has its gradients already; returns what is left to do."""
+    rule = replace(optimizer._rule(group), fold=False, guard=False)
+    left, items = [], []
+    for p in params:
+        item = _item(optimizer, p, p, group, rule)  # p in place of a gradient that is gone, and not read
+        if item is None:
+            left.append(p)
+        else:
+            items.append(item._replace(g=None))
+    for number, launch in enumerate(launches(items)):
+        name = kernels.backend(group["fused"], launch.device)
+        kernels.step(name, rule, launch, cache.setdefault(("move", number), {}))
+    return left
 
 
 @dataclass

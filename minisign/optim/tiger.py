@@ -15,6 +15,10 @@ micro-batch m decays by β, at the others by 1, each adds (1 − β)/k · g, and
 A gradient that is not finite leaves m alone and shrinks the weights, θ ← (θ − c) s + c, with c = 1 for
 the weight of a norm and 0 otherwise.
 
+Since m is linear in g, a gradient can go into it as soon as autograd has it, and be freed before the next
+one is made: ``release_grads``. Then parameters, momentum and one gradient are alive, and no more. Lion
+cannot do this: what it takes the sign of holds the gradient with another weight than its momentum does.
+
 Where this differs from the author's code:
 
     what                        there                       here, and why
@@ -33,6 +37,7 @@ Where this differs from the author's code:
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +120,30 @@ def take(m: Tensor, g: Tensor, keep: float | Tensor, weight: float) -> None:
         m.mul_(keep).add_(g, alpha=weight)
 
 
+def take_and_free(m: Tensor, g: Tensor, keep: float, weight: float, check: bool) -> bool | Tensor:
+    """:func:`take`, after which ``g`` may hold anything; m stays where ``g`` is not finite.
+
+    Returns whether it was not, where ``check`` asks for that; on a GPU a 0-dim tensor, since to look
+    would be to wait.
+    """
+    wide = torch.promote_types(torch.promote_types(m.dtype, g.dtype), torch.float32)
+    target, g = m.to(wide), g.to(wide)
+    bad: bool | Tensor = False
+    if check and g.is_cpu:
+        bad = not all_finite(g, target)
+    if check and not g.is_cpu and g.numel():
+        least, most = torch.aminmax(g)  # NaN is both; and no mask of g's size is made
+        finite = torch.isfinite(least) & torch.isfinite(most)
+        bad = ~finite
+        target.mul_(torch.where(finite, keep, 1.0).to(wide))
+        target.add_(g.nan_to_num_(0.0, 0.0, 0.0).mul_(torch.where(finite, weight, 0.0).to(wide)))
+    elif not bad:
+        take(target, g, keep, weight)
+    if target is not m:
+        m.copy_(target)
+    return bad
+
+
 def tiger_update_foreach(
     ps: list[Tensor],
     gs: list[Tensor],
@@ -181,6 +210,12 @@ class Tiger(RowOptimizer):
             step on their mean.
         shrink: s in [0, 1], the factor of the weights where the gradient is not finite. ``None``: the
             gradient is taken as it is, and not read once more to find out.
+        release_grads: take each gradient into the momentum within ``backward``, and free it. The weights
+            move as without, in :meth:`step`, which is called as often. Not with ``lazy`` rows or sparse
+            gradients (their groups can say ``"release_grads": False``), ``capturable``, or a
+            ``GradScaler``, whose scale would stay in the momentum. Clipping by a norm of all gradients
+            is not possible, since they are never there at once: ``clip_grad_norm_`` finds none and returns
+            0. What ``p.register_hook`` does to a gradient, each tensor by itself, comes before.
         options: see :class:`~minisign.optim.base.RowOptimizer`. ``capturable`` excludes
             ``accumulate`` > 1, whose count a CUDA graph would freeze.
 
@@ -204,6 +239,7 @@ class Tiger(RowOptimizer):
         scale: str | float = "rms",
         accumulate: int = 1,
         shrink: float | None = 0.99,
+        release_grads: bool = False,
         **options: Unpack[SharedOptions],
     ) -> None:
         super().__init__(
@@ -216,6 +252,7 @@ class Tiger(RowOptimizer):
                 scale=scale,
                 accumulate=accumulate,
                 shrink=shrink,
+                release_grads=release_grads,
                 center=0.0,
                 micro_step=0,
             ),
@@ -228,6 +265,12 @@ class Tiger(RowOptimizer):
         if isinstance(param_group, dict) and self.param_groups:  # in step with the others
             param_group.setdefault("micro_step", self.param_groups[0]["micro_step"])
         super().add_param_group(param_group)
+        self._hook_group(len(self.param_groups) - 1)
+
+    def __setstate__(self, state: Group) -> None:
+        super().__setstate__(state)
+        for i in range(len(self.param_groups)):
+            self._hook_group(i)
 
     def _check(self, group: Group) -> None:
         check_number("beta", group["beta"], 0.0, 1.0)
@@ -244,6 +287,15 @@ class Tiger(RowOptimizer):
             raise TypeError(f"accumulate must be a whole number of micro-batches, got {k!r}")
         if k < 1:
             raise ValueError(f"Invalid accumulate: {k} (must be 1 or more micro-batches)")
+        if not isinstance(group["release_grads"], bool):
+            raise TypeError(f"release_grads must be True or False, got {group['release_grads']!r}")
+        if group["release_grads"] and group["lazy"]:
+            raise ValueError(
+                f"release_grads=True and lazy={group['lazy']!r} exclude each other: which rows move "
+                'is known with the whole gradient; give their group "release_grads": False'
+            )
+        if group["release_grads"] and group["capturable"]:
+            raise ValueError("release_grads=True and capturable=True exclude each other")
         if k > 1 and group["capturable"]:
             raise ValueError(
                 f"capturable=True needs accumulate=1, got {k}: a CUDA graph would freeze the count"
@@ -252,7 +304,10 @@ class Tiger(RowOptimizer):
     # --- one micro-step -------------------------------------------------------------------------
 
     def _step_group(self, group: Group) -> None:
-        super()._step_group(group)
+        if group["release_grads"]:
+            self._step_released(group)
+        else:
+            super()._step_group(group)
         group["micro_step"] = (group["micro_step"] + 1) % group["accumulate"]
 
     def _raw_gradient(self, p: Tensor, group: Group) -> Tensor | None:
@@ -305,15 +360,21 @@ class Tiger(RowOptimizer):
         return keep
 
     def _own_hyper(self, p: Tensor, state: Group, group: Group, hyper: Group) -> Group:
-        scale = group["scale"]
-        if isinstance(scale, str):
-            if p.dim() < 2:
-                hyper = {**hyper, "eta": hyper["eta"] * 0.5, "weight_decay": 0.0}
-            elif hyper["move"] and (scale == "rms" or not self._by_rows(p, group)):
-                hyper = {**hyper, "eta": hyper["eta"] * rms(p, by_row=scale == "row_rms")}
+        if hyper["move"] and not (group["scale"] == "row_rms" and self._by_rows(p, group)):
+            eta, weight_decay = self._rate(p, group, hyper)
+            hyper = {**hyper, "eta": eta, "weight_decay": weight_decay}
         if group["accumulate"] > 1 and not self._by_rows(p, group):
             hyper = {**hyper, "keep": self._keep(state, group)}
         return hyper
+
+    def _rate(self, p: Tensor, group: Group, hyper: Group) -> tuple[float | Tensor, float]:
+        """(η, λ) of a whole parameter."""
+        eta, scale = hyper["eta"], group["scale"]
+        if not isinstance(scale, str):
+            return eta, hyper["weight_decay"]
+        if p.dim() < 2:
+            return eta * 0.5, 0.0
+        return eta * rms(p, by_row=scale == "row_rms"), hyper["weight_decay"]
 
     def _decay_rates(self, group: Group) -> tuple[float, ...]:
         return (group["beta"] if _is_last(group) else 1.0,)
@@ -363,12 +424,105 @@ class Tiger(RowOptimizer):
             hyper = {**hyper, "eta": hyper["eta"] * rms(p[rows], by_row=True)}
         super()._update_rows(p, g, buffers, rows, hyper, group)
 
+    # --- gradients that are taken and freed within backward -------------------------------------
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # With True a GradScaler comes to step(), which can say why not.
+        return super()._step_supports_amp_scaling or any(g["release_grads"] for g in self.param_groups)
+
+    def _is_overflow(self) -> bool:
+        if any(g["release_grads"] for g in self.param_groups) and self._scaling() != (None, None):
+            raise RuntimeError(
+                "release_grads=True and a GradScaler exclude each other: gradients went into the momentum "
+                "with a scale on them. Train in bfloat16, which needs no scale, or without release_grads"
+            )
+        return super()._is_overflow()
+
+    def _hook_group(self, number: int) -> None:
+        """Has autograd hand over the gradients of a group as soon as they are there."""
+        group, hooked = self.param_groups[number], self._cache("hooked")
+        # Not the optimizer itself: a model that outlives it must keep its gradients.
+        this = weakref.ref(self)
+
+        def take_in(p: Tensor) -> None:
+            optimizer = this()
+            if optimizer is not None:
+                with torch.no_grad():
+                    optimizer._take_in(p, optimizer.param_groups[number])
+
+        for p in group["params"]:
+            if group["release_grads"] and p.requires_grad and p not in hooked:
+                hooked[p] = p.register_post_accumulate_grad_hook(take_in)
+
+    def _take_in(self, p: Tensor, group: Group) -> None:
+        """m takes the gradient of ``p``, which is freed."""
+        g, p.grad = p.grad, None
+        if g is None:
+            return
+        if g.layout != torch.strided:
+            p.grad = g
+            raise RuntimeError(
+                f"release_grads=True takes dense gradients, got layout {g.layout} for a parameter of shape "
+                f'{tuple(p.shape)}; give its group "release_grads": False'
+            )
+        state = self._init_state(p, group)
+        keep = 1.0 if state.get("taken") else group["beta"]
+        weight = (1 - group["beta"]) / group["accumulate"]
+        state["taken"] = state.get("taken", 0) + 1
+        g = g.neg_() if group["maximize"] else g
+        bad = take_and_free(state["momentum"], g, keep, weight, check=group["shrink"] is not None)
+        # θ shrinks in step(): here it may still be in use.
+        self._cache("bad").setdefault(p, []).append(bad)
+
+    def _step_released(self, group: Group) -> None:
+        """What is left for a step: θ moves by the sign of m, or shrinks."""
+        for p in group["params"]:
+            self._take_in(p, group)  # a gradient that did not come by way of backward
+        cache, last = self._cache("bad"), _is_last(group)
+        flags = {p: cache.pop(p, []) for p in group["params"]}
+        moving = []
+        for p, bad in zip(flags, _any_of_each(list(flags.values())), strict=True):
+            if bad:
+                shrunk = (p - group["center"]) * group["shrink"] + group["center"]
+                p.copy_(shrunk)
+            elif last and self.state.get(p, {}).get("taken"):
+                moving.append(p)
+            if last and p in self.state:
+                self.state[p]["taken"] = 0
+        self._move(moving, group)
+
+    def _move(self, params: list[Tensor], group: Group) -> None:
+        """θ ← θ − η (sign(m) + λ θ) for parameters whose m is complete."""
+        if group["fused"]:
+            from minisign.optim import fused
+
+            params = fused.move(self, params, group, self._cache(id(group)))
+        shared = self._hyper(group)
+        for p in params:
+            state = self.state[p]
+            if "step" in state:
+                state["step"] += 1
+            eta, weight_decay = self._rate(p, group, shared)
+            wide = p.to(torch.promote_types(p.dtype, torch.float32))
+            descend(wide, state["momentum"].to(wide.dtype).sign(), eta, weight_decay)
+            if wide is not p:
+                p.copy_(self._rounded(p, wide, group))
+
     def _use_foreach(self, group: Group) -> bool:
         # The multi-tensor form waits for the device, which a graph cannot.
         return not group["capturable"] and super()._use_foreach(group)
 
     def _by_rows(self, p: Tensor, group: Group) -> bool:
         return bool(group["lazy"]) or (p.grad is not None and p.grad.is_sparse)
+
+
+def _any_of_each(flags: list[list[bool | Tensor]]) -> list[bool]:
+    """Whether there is one true in each list; waits for a device once."""
+    tensors = [flag for found in flags for flag in found if isinstance(flag, Tensor)]
+    seen = iter(torch.stack(tensors).tolist() if tensors else [])
+    known = [[next(seen) if isinstance(flag, Tensor) else flag for flag in found] for found in flags]
+    return [any(found) for found in known]
 
 
 def _is_last(group: Group) -> bool:

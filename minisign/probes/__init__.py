@@ -15,7 +15,7 @@ from minisign.probes.frequency import (
 from minisign.probes.gradients import GradientNorms, GradientWatch, disparity, gradient_norms
 from minisign.probes.heterogeneity import heterogeneity
 from minisign.probes.losses import loss_by_group, token_losses, unigram_loss
-from minisign.probes.memory import state_bytes
+from minisign.probes.memory import PeakMemory, state_bytes
 from minisign.probes.saturation import (
     NEAR,
     Saturation,
@@ -50,6 +50,7 @@ __all__ = [
     "Curvature",
     "GradientNorms",
     "GradientWatch",
+    "PeakMemory",
     "Saturation",
     "Update",
     "UpdateFigures",

@@ -1,0 +1,203 @@
+"""Tiger(release_grads=True): the same weights as a step on the mean gradient, and the memory it saves."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from minisign import Tiger, param_groups
+from minisign.probes.memory import PeakMemory
+
+K = 8
+
+
+def model(seed: int = 0, width: int = 16) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Linear(width, width),
+        nn.LayerNorm(width),
+        nn.Tanh(),
+        nn.Linear(width, 3 * width),
+        nn.Linear(3 * width, 4),
+    )
+
+
+def loss_of(net: nn.Module, batch: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(batch)
+    x = torch.randn(5, net[0].in_features, generator=generator)  # type: ignore[union-attr,arg-type]
+    return net(x).pow(2).mean()
+
+
+def train(
+    steps: int, release: bool, k: int = K, bad: Any = (), dtype: torch.dtype = torch.float32, **options: Any
+) -> tuple[nn.Module, Tiger]:
+    net = model().to(dtype)
+    tiger = Tiger(param_groups(net), lr=1e-2, accumulate=k, release_grads=release, **options)
+    for t in range(steps * k):
+        loss = (
+            loss_of(net, t) if dtype == torch.float32 else net(torch.randn(5, 16).to(dtype)).pow(2).mean()
+        )
+        if t in bad:
+            loss = loss * math.inf
+        loss.backward()
+        assert all((p.grad is None) == release for p in net.parameters())
+        tiger.step()
+        tiger.zero_grad()
+    return net, tiger
+
+
+def difference(one: nn.Module, other: nn.Module) -> float:
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return max((a - b).abs().max().item() for a, b in pairs)
+
+
+@pytest.mark.parametrize("fused", [False, "cpu", "triton"])
+@pytest.mark.parametrize("scale", ["rms", "row_rms", 1.0])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_bit_for_bit_what_accumulation_does(fused: Any, scale: Any, maximize: bool) -> None:
+    """Also with gradients that are not finite, in the middle of a cycle and at its end."""
+    options = dict(scale=scale, maximize=maximize, bad=(3, 2 * K - 1, 4 * K))
+    plain, released = train(6, False, **options), train(6, True, fused=fused, **options)
+    if fused and scale != 1.0:  # another order of adding up squares
+        assert difference(plain[0], released[0]) < 1e-6
+        return
+    assert difference(plain[0], released[0]) == 0
+    for p, q in zip(plain[0].parameters(), released[0].parameters(), strict=True):
+        assert torch.equal(plain[1].state[p]["momentum"], released[1].state[q]["momentum"])
+
+
+def test_one_step_on_the_mean_gradient() -> None:
+    """k micro-batches and one step on the mean of their gradients: the same weights to 1e-6, 20 times."""
+    mean = model()
+    tiger = Tiger(param_groups(mean), lr=1e-2)
+    for step in range(20):
+        tiger.zero_grad()
+        (sum(loss_of(mean, step * K + i) for i in range(K)) / K).backward()  # type: ignore[union-attr]
+        tiger.step()
+    assert difference(mean, train(20, True)[0]) <= 1e-6
+    assert difference(mean, model()) > 1e-2
+
+
+def test_two_backwards_before_a_step() -> None:
+    """Their gradients add up, as in p.grad."""
+    nets = []
+    for release in (False, True):
+        net = model()
+        tiger = Tiger(net.parameters(), lr=1e-2, release_grads=release)
+        for t in range(6):
+            loss_of(net, 2 * t).backward()
+            loss_of(net, 2 * t + 1).backward()
+            tiger.step()
+            tiger.zero_grad()
+        nets.append(net)
+    assert difference(*nets) < 1e-6
+
+
+@pytest.mark.parametrize("state_dtype", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fused", [False, True])
+def test_narrow_parameters(fused: bool, state_dtype: Any) -> None:
+    """m is rounded after each micro-batch, with or without: equal, rounding at random too."""
+    options = dict(dtype=torch.bfloat16, state_dtype=state_dtype, scale=1.0, stochastic_rounding=True)
+    plain, released = train(3, False, k=1, **options), train(3, True, k=1, fused=fused, **options)
+    assert difference(plain[0], released[0]) == 0
+
+
+def test_resume_and_copy_in_the_middle_of_a_cycle() -> None:
+    unbroken, _ = train(3, True)
+    net, tiger = train(1, True)
+    for t in range(K, K + 3):
+        loss_of(net, t).backward()
+        tiger.step()
+    other = model()
+    other.load_state_dict(net.state_dict())
+    resumed = Tiger(param_groups(other), lr=1e-2, accumulate=K, release_grads=True)
+    resumed.load_state_dict(copy.deepcopy(tiger.state_dict()))
+    twin, twin_tiger = copy.deepcopy((net, tiger))
+    for n, o in ((net, tiger), (other, resumed), (twin, twin_tiger)):
+        for t in range(K + 3, 3 * K):
+            loss_of(n, t).backward()
+            assert all(p.grad is None for p in n.parameters())
+            o.step()
+        assert difference(n, unbroken) == 0
+
+
+def test_a_model_outlives_its_optimizer() -> None:
+    net = model()
+    tiger = Tiger(net.parameters(), release_grads=True)
+    del tiger
+    gc.collect()
+    loss_of(net, 0).backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_a_gradient_set_by_hand_counts() -> None:
+    ps = [nn.Parameter(torch.ones(3, 3)) for _ in range(2)]
+    optimizers = [Tiger([p], release_grads=release) for p, release in zip(ps, (False, True), strict=True)]
+    for p, optimizer in zip(ps, optimizers, strict=True):
+        p.grad = torch.ones(3, 3)
+        optimizer.step()
+    assert torch.equal(*ps)
+    assert not torch.equal(ps[0], torch.ones(3, 3))
+
+
+def test_what_it_refuses() -> None:
+    matrix = nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(
+        ValueError, match=r"release_grads=True and lazy='grad' exclude.*\"release_grads\": False"
+    ):
+        Tiger([matrix], lazy="grad", release_grads=True)
+    with pytest.raises(ValueError, match="release_grads=True and capturable=True"):
+        Tiger([matrix], capturable=True, release_grads=True)
+    with pytest.raises(TypeError, match="release_grads must be True or False, got 1"):
+        Tiger([matrix], release_grads=1)  # type: ignore[arg-type]
+    embedding = nn.Embedding(4, 2, sparse=True)
+    tiger = Tiger(embedding.parameters(), release_grads=True)
+    with pytest.raises(RuntimeError, match=r"takes dense gradients, got layout torch\.sparse_coo"):
+        embedding(torch.tensor([1])).sum().backward()
+    embedding = nn.Embedding(4, 2, sparse=True)
+    tiger = Tiger([{"params": embedding.parameters(), "release_grads": False}], release_grads=True)
+    embedding(torch.tensor([1])).sum().backward()
+    tiger.step()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_it_refuses_a_grad_scaler(fused: bool) -> None:
+    net = model()
+    tiger = Tiger(net.parameters(), release_grads=True, fused=fused)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(loss_of(net, 0)).backward()
+    with pytest.raises(RuntimeError, match="release_grads=True and a GradScaler exclude each other"):
+        scaler.step(tiger)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_peak_memory(fused: bool) -> None:
+    """Parameters, momentum and the largest gradient, within 5 %; accumulating keeps them all."""
+    width = 256
+    net = model(width=width)
+    size = {p: p.numel() * 4 for p in net.parameters()}
+    total, largest = sum(size.values()), max(size.values())
+    peaks = {}
+    for release in (True, False):
+        net = model(width=width)
+        tiger = Tiger(net.parameters(), accumulate=K, release_grads=release, fused=fused)
+        for t in range(K):  # the state is made
+            loss_of(net, t).backward()
+            tiger.step()
+            if not release:
+                tiger.zero_grad()
+        with PeakMemory(net, tiger) as memory:
+            for t in range(K):
+                loss_of(net, t).backward()
+                tiger.step()
+                if not release:
+                    tiger.zero_grad()
+        peaks[release] = memory.peak
+    assert abs(peaks[True] / (2 * total + largest) - 1) < 0.05
+    assert peaks[False] > 2.9 * total
