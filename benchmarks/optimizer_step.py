@@ -1,26 +1,35 @@
 """How long one optimizer step takes, against published implementations and ``torch.optim``.
 
-    make bench                                      or
-    python benchmarks/optimizer_step.py --rounds 80
+    make bench                                                     or
+    python benchmarks/optimizer_step.py --sizes 10m,small --rounds 80
 
-All optimizers step on tensors of the same shapes (10M parameters in 74 matrices by default), on one
-thread, in one process, interleaved in random order, in fresh memory eight times over. What counts is
-the median of the ratios within a round, since the speed of the machine drifts. Exits with 1 if our
+Contestants step on tensors of the same shapes in one process, interleaved in random order, in fresh memory
+several times over; what counts is the median of the ratios within a round, since the speed of a machine
+drifts. Beside it stand the bytes that a step must move over the time it took, as a share of the copy
+bandwidth of the same run; the time that Python takes (the same step on tensors of one entry); and the most
+memory that the step needs beyond parameters and gradients, in bytes for each entry. `lazy` times steps on an
+embedding after a forward and a backward pass over 500 tokens, among the others and alone.
+
+Results go to benchmarks/results/ as JSON and as a picture, one pair for each machine. Exits with 1 if a fused
 Lion or Tiger (base form) is slower than the fastest published Lion.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import math
 import platform
 import random
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lion_pytorch
 import optimi
@@ -29,107 +38,426 @@ import torch
 from torch import nn
 
 import minisign
+from minisign.probes import PeakMemory
 
-PEERS = ("torch-optimi Lion", "torch-optimi Lion (loop)", "lion-pytorch Lion", "pytorch-optimizer Lion")
-LAYOUTS = 8
-OURS = ("minisign Lion", "minisign Tiger (base)")
+RESULTS = Path(__file__).parent / "results"
+F32, BF16 = torch.float32, torch.bfloat16
+YARDSTICK = "torch AdamW (fused)"
 
 
-def parameters(count: int, tensors: int) -> list[nn.Parameter]:
-    """``tensors`` matrices with ``count`` entries in all, each with a gradient."""
-    generator = torch.Generator().manual_seed(0)
-    columns = 128
-    rows = max(1, round(count / tensors / columns))
-    ps = [nn.Parameter(0.02 * torch.randn(rows, columns, generator=generator)) for _ in range(tensors)]
+def gpt2(layers: int, width: int) -> list[tuple[int, ...]]:
+    """The shapes of a GPT-2."""
+    block: list[tuple[int, ...]] = [
+        *((width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,)),
+        *((width,), (width,), (4 * width, width), (4 * width,), (width, 4 * width), (width,)),
+    ]
+    return [(50257, width), (1024, width), *block * layers, (width,), (width,)]
+
+
+SIZES: dict[str, list[tuple[int, ...]]] = {
+    "10m": [(1056, 128)] * 74,
+    "small": [(1000,)] * 200,
+    "124m": gpt2(12, 768),
+    "350m": gpt2(24, 1024),
+    "774m": gpt2(36, 1280),
+}
+LAZY = (50_000, 768, 500)  # rows, columns, rows looked up
+DECAY: dict[str, Any] = {"weight_decay": 0.1}
+
+
+class Contestant(NamedTuple):
+    make: Callable[[list[nn.Parameter]], Any]
+    bytes: int = 0  # that one entry must move, at least
+    dtype: torch.dtype = F32
+
+
+def ours(cls: Any, bytes: int, dtype: torch.dtype = F32, **options: Any) -> Contestant:
+    return Contestant(lambda ps: cls(ps, **DECAY, **options), bytes, dtype)
+
+
+def base(**options: Any) -> dict[str, Any]:
+    return {"scale": 1.0, **options}
+
+
+PUBLISHED = {
+    "torch-optimi Lion": Contestant(lambda ps: optimi.Lion(ps, lr=1e-4, **DECAY)),
+    "torch-optimi Lion (loop)": Contestant(lambda ps: optimi.Lion(ps, lr=1e-4, foreach=False, **DECAY)),
+    "lion-pytorch Lion": Contestant(lambda ps: lion_pytorch.Lion(ps, **DECAY)),
+    "pytorch-optimizer Lion": Contestant(lambda ps: pytorch_optimizer.Lion(ps, **DECAY)),
+}
+CONTESTANTS = {
+    YARDSTICK: Contestant(lambda ps: torch.optim.AdamW(ps, fused=True, **DECAY), 28),
+    "torch AdamW (foreach)": Contestant(lambda ps: torch.optim.AdamW(ps, foreach=True, **DECAY)),
+    **PUBLISHED,
+    "Lion": ours(minisign.Lion, 0),
+    "Lion (foreach)": ours(minisign.Lion, 0, foreach=True),
+    "Tiger, base": ours(minisign.Tiger, 0, **base()),
+    "Tiger, RMS": ours(minisign.Tiger, 0),
+    "AdamW": ours(minisign.AdamW, 0),
+    "Signum (fused)": ours(minisign.Signum, 20, fused=True),
+    "Lion (fused)": ours(minisign.Lion, 20, fused=True),
+    "Tiger, base (fused)": ours(minisign.Tiger, 20, **base(fused=True)),
+    "Tiger, base (fused, no guard)": ours(minisign.Tiger, 20, **base(fused=True, shrink=None)),
+    "Tiger, RMS (fused)": ours(minisign.Tiger, 20, fused=True),
+    "AdamW (fused)": ours(minisign.AdamW, 28, fused=True),
+}
+HALF = {
+    "Lion (fused), momentum bf16": ours(minisign.Lion, 16, fused=True, state_dtype=BF16),
+    "torch AdamW (fused), all bf16": Contestant(
+        lambda ps: torch.optim.AdamW(ps, fused=True, **DECAY), 14, BF16
+    ),
+    "Lion (fused), all bf16": ours(minisign.Lion, 10, BF16, fused=True),
+    "Lion (fused), all bf16, rounded at random": ours(
+        minisign.Lion, 10, BF16, fused=True, stochastic_rounding=True
+    ),
+}
+# What is aimed at: (size, contestant): (against whom, at most), by kind of device.
+BARS: dict[str, dict[tuple[str, str], tuple[str, float]]] = {
+    "cpu": {
+        **{("10m", name): (YARDSTICK, 0.90) for name in ("Lion (fused)", "Tiger, base (fused)")},
+        **{("small", name): (YARDSTICK, 0.80) for name in ("Lion (fused)", "Tiger, base (fused)")},
+        **{("lazy", name): ("Lion (fused), dense", 0.03) for name in ("ids", "sparse")},
+    },
+    "cuda": {
+        **{
+            (size, name): (YARDSTICK, bar)
+            for size in ("350m", "774m")
+            for name, bar in (
+                ("Lion (fused)", 0.75),
+                ("Tiger, base (fused)", 0.75),
+                ("Lion (fused), momentum bf16", 0.62),
+                ("AdamW (fused)", 1.02),
+            )
+        },
+        **{
+            (size, "Lion (fused), all bf16"): ("torch AdamW (fused), all bf16", 0.76)
+            for size in ("350m", "774m")
+        },
+        **{("small", name): (YARDSTICK, 0.60) for name in ("Lion (fused)", "Tiger, base (fused)")},
+        **{("lazy", name): ("Lion (fused), dense", 0.03) for name in ("ids", "sparse")},
+    },
+}
+
+
+def parameters(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: str) -> list[nn.Parameter]:
+    """Tensors of these shapes, each with a gradient."""
+    torch.manual_seed(0)
+    ps = [nn.Parameter(torch.randn(shape, device=device).mul_(0.02).to(dtype)) for shape in shapes]
     for p in ps:
-        p.grad = torch.randn(p.shape, generator=generator)
+        p.grad = torch.randn_like(p)
     return ps
 
 
-def contestants(weight_decay: float) -> dict[str, Callable[[list[nn.Parameter]], Any]]:
-    decay: dict[str, Any] = {"weight_decay": weight_decay}
-    return {
-        "torch AdamW (fused)": lambda ps: torch.optim.AdamW(ps, fused=True, **decay),
-        "torch AdamW": lambda ps: torch.optim.AdamW(ps, **decay),
-        "torch-optimi Lion": lambda ps: optimi.Lion(ps, lr=1e-4, **decay),
-        "torch-optimi Lion (loop)": lambda ps: optimi.Lion(ps, lr=1e-4, foreach=False, **decay),
-        "lion-pytorch Lion": lambda ps: lion_pytorch.Lion(ps, **decay),
-        "pytorch-optimizer Lion": lambda ps: pytorch_optimizer.Lion(ps, **decay),
-        "minisign Lion": lambda ps: minisign.Lion(ps, **decay),
-        "minisign Tiger (base)": lambda ps: minisign.Tiger(ps, scale=1.0, **decay),
-        "minisign Signum": lambda ps: minisign.Signum(ps, **decay),
-        "minisign Tiger (rms)": lambda ps: minisign.Tiger(ps, **decay),
-        "minisign AdamW": lambda ps: minisign.AdamW(ps, **decay),
-    }
+class Clock:
+    """Seconds of an action, on the device, and until Python goes on."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+
+    def __call__(self, action: Callable[[], Any]) -> tuple[float, float]:
+        if self.cuda:
+            torch.cuda.synchronize()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+        start = time.perf_counter()
+        action()
+        host = time.perf_counter() - start
+        if not self.cuda:
+            return host, host
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3, host
 
 
-def measure(count: int, tensors: int, weight_decay: float, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step, by contestant."""
-    makers = contestants(weight_decay)
-    order = list(makers)
-    seconds: dict[str, list[float]] = {name: [] for name in order}
-    # Where tensors happen to lie in memory moves a contestant by a few percent: draw lots anew, often.
-    for _ in range(LAYOUTS):
+def interleaved(
+    actions: dict[str, Callable[[], Any]], rounds: int, clock: Clock, before: dict[str, Any] | None = None
+) -> dict[str, list[tuple[float, float]]]:
+    """Each action in each round, in random order, after what must come before and is not timed."""
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in actions}
+    order = list(actions)
+    for r in range(2 + rounds):
         random.shuffle(order)
-        optimizers = {name: makers[name](parameters(count, tensors)) for name in order}
-        for r in range(2 + rounds // LAYOUTS):
-            random.shuffle(order)
-            for name in order:
-                start = time.perf_counter()
-                optimizers[name].step()
-                if r >= 2:  # the first two make the state and warm up
-                    seconds[name].append(time.perf_counter() - start)
+        for name in order:
+            if before:
+                before[name]()
+            taken = clock(actions[name])
+            if r >= 2:  # the first two make the state and warm up
+                seconds[name].append(taken)
     return seconds
 
 
-def ratio(a: list[float], b: list[float]) -> float:
-    return statistics.median(x / y for x, y in zip(a, b, strict=True))
+def ratio(a: list[tuple[float, float]], b: list[tuple[float, float]]) -> float:
+    return statistics.median(x[0] / y[0] for x, y in zip(a, b, strict=True))
+
+
+def copy_bandwidth(entries: int, device: str, clock: Clock) -> float:
+    """Bytes read and written per second in copying this many float32, the best of ten."""
+    x = torch.randn(entries, device=device)
+    y = torch.empty_like(x)
+    return 8 * entries / min(clock(lambda: y.copy_(x))[0] for _ in range(10))
+
+
+def measure(size: str, rounds: int, layouts: int, device: str, half: bool) -> list[dict[str, Any]]:
+    """One line for each contestant."""
+    shapes, clock = SIZES[size], Clock(device)
+    entries = sum(math.prod(s) for s in shapes)
+    chosen = {**CONTESTANTS, **(HALF if half else {})}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in chosen}
+    # Where tensors happen to lie in memory moves a contestant by a few percent: draw lots anew, often.
+    for _ in range(layouts):
+        names = list(chosen)
+        random.shuffle(names)
+        shared: dict[torch.dtype, list[nn.Parameter]] = {}
+        optimizers = {}
+        for name in names:
+            dtype = chosen[name].dtype
+            if entries > 50_000_000:  # one set for all, or memory would not do
+                ps = shared[dtype] = shared.get(dtype) or parameters(shapes, dtype, device)
+            else:
+                ps = parameters(shapes, dtype, device)
+            optimizers[name] = chosen[name].make(ps)
+        taken = interleaved({name: o.step for name, o in optimizers.items()}, rounds // layouts, clock)
+        for name, values in taken.items():
+            seconds[name] += values
+        del optimizers, shared, ps
+        gc.collect()
+    bandwidth = copy_bandwidth(max(entries, 1 << 24), device, clock)
+    lines = []
+    for name, values in seconds.items():
+        median = statistics.median(v[0] for v in values)
+        must = chosen[name].bytes * entries / median
+        lines.append(
+            {
+                "size": size,
+                "name": name,
+                "milliseconds": 1e3 * median,
+                "ratio_to_fused_adamw": ratio(values, seconds[YARDSTICK]),
+                "share_of_copy_bandwidth": must / bandwidth if chosen[name].bytes else None,
+                "host_milliseconds": 1e3 * host_time(chosen[name], len(shapes), device),
+                "bytes_beyond_gradients": memory_beyond(chosen[name], shapes, device) / entries,
+            }
+        )
+        against, bar = BARS[device].get((size, name), (None, None))
+        if against:
+            lines[-1]["bar"] = {
+                "against": against,
+                "at_most": bar,
+                "found": ratio(values, seconds[against]),
+            }
+    return lines
+
+
+def host_time(contestant: Contestant, tensors: int, device: str) -> float:
+    """What Python takes for a step on so many tensors, seconds."""
+    optimizer = contestant.make(parameters([(1,)] * tensors, contestant.dtype, device))
+    clock = Clock(device)
+    return statistics.median(clock(optimizer.step)[1] for _ in range(25))
+
+
+def memory_beyond(contestant: Contestant, shapes: list[tuple[int, ...]], device: str) -> float:
+    """Bytes alive at once in a step, at most, beyond parameters and gradients."""
+    ps = parameters(shapes, contestant.dtype, device)
+    optimizer = contestant.make(ps)
+    own = sum(2 * p.numel() * p.element_size() for p in ps)
+    optimizer.step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = (
+            torch.cuda.memory_allocated()
+            - own
+            - sum(
+                x.numel() * x.element_size()
+                for s in optimizer.state.values()
+                for x in s.values()
+                if isinstance(x, torch.Tensor)
+            )
+        )
+        torch.cuda.reset_peak_memory_stats()
+        optimizer.step()
+        return float(torch.cuda.max_memory_allocated() - before - own)
+    with PeakMemory(nn.ParameterList(ps), optimizer) as memory:
+        optimizer.step()
+    return memory.peak - own
+
+
+def measure_lazy(rounds: int, device: str) -> list[dict[str, Any]]:
+    """Steps on an embedding of which few rows were looked up; the passes before them are not timed."""
+    rows, width, looked_up = LAZY
+    makers: dict[str, tuple[bool, Callable[[Any], Any]]] = {
+        YARDSTICK: (False, lambda ps: torch.optim.AdamW(ps, fused=True, **DECAY)),
+        "torch SparseAdam": (True, torch.optim.SparseAdam),
+        "Lion (fused), dense": (False, lambda ps: minisign.Lion(ps, fused=True, **DECAY)),
+        "ids": (False, lambda ps: minisign.Lion(ps, fused=True, lazy="ids", **DECAY)),
+        "sparse": (True, lambda ps: minisign.Lion(ps, fused=True, **DECAY)),
+        "grad": (False, lambda ps: minisign.Lion(ps, fused=True, lazy="grad", **DECAY)),
+        "ids, not fused": (False, lambda ps: minisign.Lion(ps, lazy="ids", **DECAY)),
+    }
+    actions, before, alone = {}, {}, {}
+    for name, (sparse, make) in makers.items():
+        embedding = nn.Embedding(rows, width, sparse=sparse, device=device)
+        if "ids" in name:
+            minisign.track_rows(embedding)
+        optimizer = make(list(embedding.parameters()))
+
+        def pass_over(embedding: Any = embedding, optimizer: Any = optimizer) -> None:
+            optimizer.zero_grad()
+            ids = torch.randint(rows, (looked_up,), device=device)
+            (embedding(ids) * torch.randn(looked_up, width, device=device)).sum().backward()
+
+        actions[name], before[name] = optimizer.step, pass_over
+    clock = Clock(device)
+    seconds = interleaved(actions, rounds, clock, before)
+    for name in actions:  # again without the others between, which push everything out of the caches
+        alone[name] = interleaved({name: actions[name]}, rounds, clock, before)[name]
+    lines = []
+    dense = "Lion (fused), dense"
+    for name, values in seconds.items():
+        lines.append(
+            {
+                "size": "lazy",
+                "name": name,
+                "milliseconds": 1e3 * statistics.median(v[0] for v in values),
+                "ratio_to_fused_adamw": ratio(values, seconds[YARDSTICK]),
+                "ratio_to_dense": ratio(values, seconds[dense]),
+                "ratio_to_dense_alone": ratio(alone[name], alone[dense]),
+            }
+        )
+        against, bar = BARS[device].get(("lazy", name), (None, None))
+        if against:
+            lines[-1]["bar"] = {
+                "against": against,
+                "at_most": bar,
+                "found": ratio(values, seconds[against]),
+            }
+    return lines
+
+
+def show(lines: list[dict[str, Any]]) -> None:
+    columns = [c for c in lines[0] if c not in ("size", "name", "bar")]
+    titles = {
+        "milliseconds": "ms",
+        "ratio_to_fused_adamw": "/ AdamW",
+        "share_of_copy_bandwidth": "bandwidth",
+        "host_milliseconds": "host ms",
+        "bytes_beyond_gradients": "bytes",
+        "ratio_to_dense": "/ dense",
+        "ratio_to_dense_alone": "alone",
+    }
+    print(f"\n{lines[0]['size']:44}" + "".join(f"{titles[c]:>11}" for c in columns) + "  aim")
+    for line in lines:
+        figures = ("" if line[c] is None else f"{line[c]:.3f}" for c in columns)
+        aim = line.get("bar")
+        held = (
+            ""
+            if aim is None
+            else f"  ≤ {aim['at_most']:g}: {'held' if aim['found'] <= aim['at_most'] else 'missed'}"
+        )
+        print(f"{line['name']:44}" + "".join(f"{x:>11}" for x in figures) + held)
+
+
+def draw(lines: list[dict[str, Any]], title: str, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    sizes = list(dict.fromkeys(line["size"] for line in lines))
+    counts = [sum(line["size"] == s for line in lines) for s in sizes]
+    figure, axes = plt.subplots(
+        len(sizes), 1, figsize=(9, 0.25 * sum(counts) + len(sizes)), height_ratios=counts, squeeze=False
+    )
+    for ax, size in zip(axes[:, 0], sizes, strict=True):
+        chosen = sorted((x for x in lines if x["size"] == size), key=lambda x: -x["ratio_to_fused_adamw"])
+        colors = [
+            "#d95f02" if "(fused" in x["name"] and "torch" not in x["name"] else "#9aa0a6" for x in chosen
+        ]
+        values = [x["ratio_to_fused_adamw"] for x in chosen]
+        bars = ax.barh([x["name"] for x in chosen], values, color=colors)
+        ax.bar_label(bars, [f"{v:.2f}" if v >= 0.1 else f"{v:.3f}" for v in values], padding=2, fontsize=8)
+        ax.axvline(1, color="black", linewidth=0.8)
+        ax.set_xlim(0, 1.12 * max(values))
+        ax.set_title(size, loc="left", fontsize=10)
+        ax.tick_params(labelsize=8)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[-1, 0].set_xlabel("time of a step over that of torch.optim.AdamW(fused=True)")
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def machine(device: str, threads: int) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+        model = next(x.split(":")[1].strip() for x in info.splitlines() if x.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{model}, {threads} thread" + ("s" if threads > 1 else "")
+
+
+def commit() -> str:
+    result = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return result.stdout.strip() or "unknown"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--parameters", type=int, default=10_000_000)
-    parser.add_argument("--tensors", type=int, default=74)
-    parser.add_argument("--rounds", type=int, default=80)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    cuda = torch.cuda.is_available()
+    default = "124m,350m,small,lazy" if cuda else "10m,small,lazy"
+    parser.add_argument(
+        "--sizes", default=default, help=f"of {', '.join([*SIZES, 'lazy'])} (default: {default})"
+    )
+    parser.add_argument("--rounds", type=int, default=80, help="steps of each that count (default: 80)")
+    parser.add_argument(
+        "--layouts", type=int, default=8, help="times that memory is made anew (default: 8)"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="on a CPU (default: 1)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
+    parser.add_argument("--half", action="store_true", help="bfloat16 as well; always on a GPU")
+    parser.add_argument("--out", type=Path, default=RESULTS, help=f"folder (default: {RESULTS.name})")
     args = parser.parse_args()
+    sizes = args.sizes.split(",")
+    if unknown := [s for s in sizes if s not in (*SIZES, "lazy")]:
+        parser.error(f"unknown size {unknown[0]!r}: choose from {', '.join([*SIZES, 'lazy'])}")
     torch.set_num_threads(args.threads)
-    report: dict[str, Any] = {
-        "parameters": args.parameters,
-        "tensors": args.tensors,
-        "rounds": args.rounds,
-        "threads": args.threads,
+    name = machine(args.device, args.threads)
+    print(f"{name}, torch {torch.__version__}; medians over {args.rounds} steps, ratios to {YARDSTICK}")
+    lines: list[dict[str, Any]] = []
+    for size in sizes:
+        if size == "lazy":
+            found = measure_lazy(max(args.rounds // 4, 5), args.device)
+        else:
+            layouts = 1 if sum(map(math.prod, SIZES[size])) > 50_000_000 else args.layouts
+            found = measure(size, args.rounds, layouts, args.device, args.half or args.device == "cuda")
+        show(found)
+        lines += found
+    args.out.mkdir(parents=True, exist_ok=True)
+    slug = "".join(c if c.isalnum() else "-" for c in name.lower()).replace("--", "-")
+    report = {
+        "machine": name,
+        "date": date.today().isoformat(),
+        "commit": commit(),
+        "command": "python benchmarks/optimizer_step.py " + " ".join(sys.argv[1:]),
         "torch": torch.__version__,
-        "machine": platform.machine(),
-        "results": [],
+        "python": platform.python_version(),
+        "rounds": args.rounds,
+        "results": lines,
     }
-    slower = False
-    for weight_decay in (0.0, 0.1):
-        seconds = measure(args.parameters, args.tensors, weight_decay, args.rounds)
-        fastest = min(PEERS, key=lambda name: statistics.median(seconds[name]))
-        print(f"\nweight decay {weight_decay}; the fastest published Lion is {fastest}")
-        print(f"{'':26}{'ms':>8}{'/ AdamW (fused)':>17}{'/ fastest Lion':>16}")
-        for name, times in seconds.items():
-            to_adamw, to_fastest = (
-                ratio(times, seconds["torch AdamW (fused)"]),
-                ratio(times, seconds[fastest]),
-            )
-            milliseconds = 1e3 * statistics.median(times)
-            print(f"{name:26}{milliseconds:8.2f}{to_adamw:17.2f}{to_fastest:16.2f}")
-            report["results"].append(
-                {
-                    "weight_decay": weight_decay,
-                    "name": name,
-                    "milliseconds": milliseconds,
-                    "ratio_to_fused_adamw": to_adamw,
-                    "ratio_to_fastest_lion": to_fastest,
-                }
-            )
-            slower |= name in OURS and to_fastest > 1.0
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
-    return int(slower)
+    (args.out / f"{slug}.json").write_text(json.dumps(report, indent=1) + "\n")
+    draw(lines, f"{name}, torch {torch.__version__}", args.out / f"{slug}.png")
+    print(f"\nwritten to {args.out / slug}.json and .png")
+    ms = {(x["size"], x["name"]): x["milliseconds"] for x in lines}
+    return int(
+        any(
+            ms[size, fused] > min(ms[size, peer] for peer in PUBLISHED)
+            for size in sizes
+            if size != "lazy"
+            for fused in ("Lion (fused)", "Tiger, base (fused)")
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ class PeakMemory(TorchDispatchMode):
 
     What the model, its gradients and the optimizer's state hold counts from the start, and everything that
     an operation of torch returns, as long as something refers to it. What an operation uses within itself
-    does not count. On a GPU ``torch.cuda.max_memory_allocated`` tells the same with what the allocator adds.
+    does not count. On a GPU, ``torch.cuda.max_memory_allocated`` says it with what the allocator adds.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
