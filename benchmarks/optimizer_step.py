@@ -3,15 +3,15 @@
     make bench                                                     or
     python benchmarks/optimizer_step.py --sizes 10m,small --rounds 80
 
-Contestants step on tensors of the same shapes in one process, interleaved in random order, in fresh memory
-several times over; what counts is the median of the ratios within a round, since the speed of a machine
-drifts. Beside it stand the bytes that a step must move over the time it took, as a share of the copy
-bandwidth of the same run; the time that Python takes (the same step on tensors of one entry); and the most
-memory that the step needs beyond parameters and gradients, in bytes for each entry. `lazy` times steps on an
-embedding after a forward and a backward pass over 500 tokens, among the others and alone.
+Contestants step on tensors of the same shapes in one process, interleaved in random order, in fresh
+memory several times over; what counts is the median of the ratios within a round, since the speed of a
+machine drifts. Beside it stand the bytes that a step must move over the time it took, as a share of the
+copy bandwidth of the same run; the time that Python takes (the same step on tensors of one entry); and the
+most memory that the step needs beyond parameters and gradients, in bytes for each entry. `lazy` times steps
+on an embedding after a forward and a backward pass over 500 tokens, among the others and alone.
 
-Results go to benchmarks/results/ as JSON and as a picture, one pair for each machine. Exits with 1 if a fused
-Lion or Tiger (base form) is slower than the fastest published Lion.
+Results go to benchmarks/results/ as JSON and as a picture, one pair for each machine. Exits with 1 if a
+fused Lion or Tiger (base form) is slower than the fastest published Lion.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import gc
 import io
 import itertools
 import json
@@ -24,6 +25,7 @@ import os
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -425,6 +427,23 @@ def test_a_plan_is_remade_when_anything_moves() -> None:
         return [p.detach() for p in ps]
 
     assert_equal(train(fused=True), train())
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("fused", ["cpu", "triton"])
+def test_no_gradient_is_kept(fused: str, sparse: bool) -> None:
+    """The plan of the next step must not hold the memory of this one's gradients."""
+    embedding = nn.Embedding(6, 4, sparse=sparse)
+    optimizer = Lion(embedding.parameters(), fused=fused)
+    for _ in range(3):
+        embedding(torch.tensor([1, 2])).sum().backward()
+        g = embedding.weight.grad
+        gone = weakref.ref((g._values() if sparse else g).untyped_storage())  # type: ignore[union-attr]
+        optimizer.step()
+        optimizer.zero_grad()
+        del g
+        gc.collect()
+        assert gone() is None
 
 
 # --- amp, lr in a tensor --------------------------------------------------------------------------

@@ -133,6 +133,10 @@ class Launch:
         """The same tensors with other gradients."""
         self.columns[1::COLUMNS] = array("q", addresses)
 
+    def forget_gradients(self) -> None:
+        """Lets go of them after a step: whoever keeps the launch must not keep their memory."""
+        self.items = [item._replace(g=None) for item in self.items]
+
 
 def launches(items: list[Item]) -> list[Launch]:
     """``items`` by kind, without empty ones."""

@@ -52,13 +52,17 @@ def step(optimizer: RowOptimizer, group: Group, cache: dict[Any, Any]) -> list[T
     if found_inf is not None:  # then gradients have been looked at already
         rule = replace(rule, guard=False)
     plan: Plan | None = cache.get("plan")
-    if plan is None or not plan.fits(optimizer, group, rule):
+    fresh = plan is None or not plan.fits(optimizer, group, rule)
+    if fresh:
         plan = cache["plan"] = _plan(optimizer, group, rule)
+    assert plan is not None
     for number, (own, launch) in enumerate(plan.launches):
         name = kernels.backend(group["fused"], launch.device)
         kernels.step(
             name, rule if own is None else own, launch, cache.setdefault(number, {}), grad_scale, found_inf
         )
+        if fresh:
+            launch.forget_gradients()
         if launch.which == MASK:
             for item in launch.items:
                 forget_rows(item.p, unless=found_inf)

@@ -27,7 +27,7 @@ class PeakMemory(TorchDispatchMode):
         with PeakMemory(model, optimizer) as memory:
             model(x).sum().backward()
             optimizer.step()
-        memory.peak
+        memory.peak, memory.history  # and what was alive after each operation
 
     What the model, its gradients and the optimizer's state hold counts from the start, and everything that
     an operation of torch returns, as long as something refers to it. What an operation uses within itself
@@ -40,6 +40,7 @@ class PeakMemory(TorchDispatchMode):
         self._alive: dict[int, int] = {}  # storages, by address, and their bytes
         self.now = 0
         self.peak = 0
+        self.history: list[int] = []
 
     def __enter__(self) -> PeakMemory:
         own = [*self._model.parameters(), *self._model.buffers()]
@@ -53,6 +54,7 @@ class PeakMemory(TorchDispatchMode):
         for x in tree_leaves(out):
             if isinstance(x, Tensor):
                 self._count(x)
+        self.history.append(self.now)
         return out
 
     def _count(self, x: Tensor) -> None:
