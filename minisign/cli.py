@@ -165,6 +165,11 @@ _TRAIN_OPTIONS: dict[str, tuple[str, Any, str, str]] = {
     ),
     "--seed": ("seed", int, "S", "of weights and batches (default: 0)"),
 }
+_TRAIN_SWITCHES = {
+    "--fused": ("fused", "the optimizer's step in one pass; on a CPU it needs a C++ compiler"),
+    "--release-grads": ("release_grads", "Tiger: each gradient is freed within the backward pass"),
+}
+_ALL_TRAIN_OPTIONS: dict[str, tuple[str, ...]] = {**_TRAIN_OPTIONS, **_TRAIN_SWITCHES}
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -173,6 +178,8 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     for option, (field, kind, metavar, text) in _TRAIN_OPTIONS.items():
         more = {"nargs": "+", "type": float} if field == "betas" else {"type": kind or str}
         parser.add_argument(option, dest=field, metavar=metavar, help=text, **more)
+    for option, (field, text) in _TRAIN_SWITCHES.items():
+        parser.add_argument(option, dest=field, action="store_true", default=None, help=text)
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to save; required without --resume")
     parser.add_argument("--resume", type=Path, metavar="DIR", help="go on from the checkpoint in DIR")
     parser.add_argument(
@@ -374,7 +381,7 @@ def run_corpus(args: argparse.Namespace) -> int:
 
 def _given_fields(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of a Config that the command line gives, read as the Config wants them."""
-    given = {field: getattr(args, field) for field, *_ in _TRAIN_OPTIONS.values()}
+    given = {field: getattr(args, field) for field, *_ in _ALL_TRAIN_OPTIONS.values()}
     given["text"] = args.text
     given = {field: value for field, value in given.items() if value is not None}
     for field in ("text", "betas"):
@@ -398,7 +405,7 @@ def _refuse_changes(config: Config, given: dict[str, Any]) -> None:
     for field, value in given.items():
         saved = getattr(config, field)
         if value != saved and field != "steps":
-            option = next((o for o, (f, *_) in _TRAIN_OPTIONS.items() if f == field), f"--{field}")
+            option = next((o for o, (f, *_) in _ALL_TRAIN_OPTIONS.items() if f == field), f"--{field}")
             raise ValueError(f"{option} {value} is not what the run to resume has: {saved}")
 
 

@@ -63,7 +63,8 @@ class Config:
         lr, weight_decay, betas: of the optimizer; ``None``, the figure of ``DEFAULTS``.
         eps: ε of AdamW, in the units of the gradient.
         clip: largest 2-norm of the whole gradient, to which a larger one is scaled down; ``None`` for none.
-        scale, accumulate, shrink: of Tiger.
+        scale, accumulate, shrink, release_grads: of Tiger.
+        fused: the optimizer's step in one pass, by compiled kernels.
         embedding_scale: Tiger's ``scale`` on the embeddings; ``None``, by its author's rule.
         lazy, lazy_momentum: of the embeddings' group.
         embedding_optimizer: ``"adamw"`` puts AdamW (with its defaults) on the embeddings and
@@ -98,6 +99,8 @@ class Config:
     embedding_scale: str | float | None = None
     accumulate: int = 1
     shrink: float = 0.99
+    release_grads: bool = False
+    fused: bool = False
     lazy: bool | str = False
     lazy_momentum: str = "freeze"
     embedding_optimizer: str | None = None
@@ -143,6 +146,18 @@ class Config:
             self.optimizer != "tiger" or self.embedding_optimizer is not None
         ):
             raise ValueError(f"embedding_scale {self.embedding_scale!r} is for embeddings under tiger")
+        for name in ("fused", "release_grads"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.fused and self.optimizer == "sgd":
+            raise ValueError("fused is not for sgd, which is torch's here")
+        if self.release_grads and self.optimizer != "tiger":
+            raise ValueError(f"release_grads is for tiger, got {self.optimizer}")
+        if self.release_grads and self.clip is not None:
+            raise ValueError(
+                f"release_grads and clip {self.clip} exclude each other: the norm of the whole gradient is "
+                "known when all of it is there, and with release_grads it never is"
+            )
         self.gpt(256)  # says what is wrong with the model's shape
 
     def gpt(self, vocab_size: int) -> GPTConfig:
@@ -228,11 +243,11 @@ def _optimizer(name: str, groups: list[dict[str, Any]], config: Config) -> torch
         check_number("beta", betas[0], 0.0, 1.0)
         return torch.optim.SGD(groups, lr, betas[0], weight_decay=decay)
     if name == "signum":
-        return Signum(groups, lr, betas[0], decay)
+        return Signum(groups, lr, betas[0], decay, fused=config.fused)
     if name == "lion":
-        return Lion(groups, lr, (betas[0], betas[1]), decay)
+        return Lion(groups, lr, (betas[0], betas[1]), decay, fused=config.fused)
     if name == "adamw":
-        return AdamW(groups, lr, (betas[0], betas[1]), config.eps, decay)
+        return AdamW(groups, lr, (betas[0], betas[1]), config.eps, decay, fused=config.fused)
     return Tiger(
         groups,
         lr,
@@ -241,6 +256,8 @@ def _optimizer(name: str, groups: list[dict[str, Any]], config: Config) -> torch
         scale=config.scale,
         accumulate=config.accumulate,
         shrink=config.shrink,
+        release_grads=config.release_grads,
+        fused=config.fused,
     )
 
 

@@ -24,6 +24,7 @@ TEXT = "Each bug is planted alone in a copy of the tree, in which the tests pass
 PARTS = ("minisign", "tests", "notebooks", "experiments", "data", "pyproject.toml", "README.md")
 OPTIM, THEORY, GPT = "tests/test_optim.py::", "tests/test_theory_and_probes.py::", "tests/test_gpt.py::"
 BLOCKS = "tests/test_heterogeneity.py::"
+FUSED, RELEASE = "tests/test_fused.py::", "tests/test_release.py::"
 UPDATES, GUARD = "tests/test_updates.py::", "tests/test_guard.py::"
 
 
@@ -94,8 +95,8 @@ MUTANTS = (
     Mutant(
         "rows that stand twice in a sparse gradient",
         "minisign/optim/base.py",
-        "            g = g.coalesce()\n            rows, values = g.indices()[0], g.values()\n",
-        "            rows, values = g._indices()[0], g._values()\n",
+        "        g = g.coalesce()\n        return g.indices()[0], g.values()\n",
+        "        return g._indices()[0], g._values()\n",
         OPTIM + "test_sparse_duplicates_are_added_before_the_sign",
         "05_fix_lazy",
     ),
@@ -117,15 +118,15 @@ MUTANTS = (
     Mutant(
         "momentum decays with every micro-batch",
         "minisign/optim/tiger.py",
-        'hyper = {**hyper, "keep": 1.0 if state.get("taken") else hyper["keep"]}',
-        'hyper = {**hyper, "keep": hyper["keep"]}',
+        'keep = 1.0 if state.get("taken") else group["beta"]\n        state["taken"] = 0',
+        'keep = group["beta"]\n        state["taken"] = 0',
         OPTIM + "test_accumulation_is_one_step_on_the_mean",
     ),
     Mutant(
         "micro-batches added up, not averaged",
         "minisign/optim/tiger.py",
-        'weight=(1 - group["beta"]) / group["accumulate"],',
-        'weight=1 - group["beta"],',
+        'return (1 - group["beta"]) / group["accumulate"]',
+        'return 1 - group["beta"]',
         OPTIM + "test_accumulation_is_one_step_on_the_mean",
     ),
     Mutant(
@@ -388,6 +389,83 @@ MUTANTS = (
         "torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)",
         "torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)",
         "tests/test_train.py::test_gradients_are_clipped_before_the_update",
+    ),
+    Mutant(
+        "sign(0) = 1 in a kernel",
+        "minisign/kernels/cpu.cpp",
+        "return float(x > 0) - float(x < 0);",
+        "return x >= 0 ? 1.0f : -1.0f;",
+        FUSED + "test_the_same_step",
+        "14_fused_kernels",
+    ),
+    Mutant(
+        "a kernel that moves the weights only",
+        "minisign/kernels/triton_step.py",
+        "    if FORM.fold:\n        _store(m_pointer,",
+        "    if False:\n        _store(m_pointer,",
+        FUSED + "test_interpreted_is_compiled",
+        "14_fused_kernels",
+    ),
+    Mutant(
+        "32-bit offsets",
+        "minisign/kernels/cpu.cpp",
+        "return (indices ? indices[rows[j]] : rows[j]) * t.width;",
+        "return int32_t((indices ? indices[rows[j]] : rows[j]) * t.width);",
+        FUSED + "test_beyond_two_to_the_31",
+    ),
+    Mutant(
+        "cut off instead of rounded",
+        "minisign/kernels/cpu.cpp",
+        "uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)",
+        "uint16_t(bits >> 16)",
+        FUSED + "test_every_narrow_number",
+    ),
+    Mutant(
+        "the same noise at every step",
+        "minisign/kernels/cpu.cpp",
+        "mix(uint32_t(t.noise) + uint32_t(*t.step))",
+        "mix(uint32_t(t.noise))",
+        FUSED + "test_rounding_at_random_is_unbiased",
+        "15_stingy_memory",
+    ),
+    Mutant(
+        "a plan that never changes",
+        "minisign/optim/fused.py",
+        "            launch.set_gradients([g.data_ptr() for g in gs])\n",
+        "",
+        FUSED + "test_a_plan_is_remade_when_anything_moves",
+        "14_fused_kernels",
+    ),
+    Mutant(
+        "gradients kept by a plan",
+        "minisign/optim/fused.py",
+        "            launch.forget_gradients()\n",
+        "            pass\n",
+        FUSED + "test_no_gradient_is_kept",
+        "15_stingy_memory",
+    ),
+    Mutant(
+        "found_inf not read",
+        "minisign/optim/base.py",
+        "return found_inf is not None and not in_kernels and bool(found_inf.item())",
+        "return False",
+        FUSED + "test_grad_scaler",
+    ),
+    Mutant(
+        "every micro-batch decays",
+        "minisign/optim/tiger.py",
+        '        keep = 1.0 if state.get("taken") else group["beta"]\n        weight =',
+        '        keep = group["beta"]\n        weight =',
+        RELEASE + "test_one_step_on_the_mean_gradient",
+        "15_stingy_memory",
+    ),
+    Mutant(
+        "gradients taken and not freed",
+        "minisign/optim/tiger.py",
+        "        g, p.grad = p.grad, None\n",
+        "        g = p.grad\n",
+        RELEASE + "test_peak_memory",
+        "15_stingy_memory",
     ),
 )
 

@@ -23,11 +23,13 @@ from minisign.lessons import (
     fix_lazy,
     fix_tied,
     fixes_compared,
+    fused_kernels,
     gradient_heterogeneity,
     norm_placement,
     rare_classes,
     sign_descent,
     skewed_corpus,
+    stingy_memory,
     why_one_over_lambda,
 )
 
@@ -678,6 +680,125 @@ def go_back_with_the_old_momentum(model: Any, optimizer: Any, saved: Any) -> Any
     model.load_state_dict(saved["model"])
     return optimizer
 
+
+def work_of(program: int, sizes: list[int], block: int) -> tuple[int, int, int]:
+    for tensor, size in enumerate(sizes):
+        blocks = -(-size // block)
+        if program < blocks:
+            return tensor, program * block, min(size, (program + 1) * block)
+        program -= blocks
+    raise AssertionError
+
+
+def tuned_on(copies: bool, momentum_too: bool = True) -> Any:
+    def step(update: Any, p: Any, m: Any, configurations: Any, clock: Any) -> Any:
+        def seconds(configuration: Any) -> float:
+            start = clock()
+            update(p.clone() if copies else p, m.clone() if copies else m, configuration)
+            return float(clock() - start)
+
+        fastest = min(configurations, key=seconds)
+        update(p if momentum_too else p.clone(), m, fastest)
+        return fastest
+
+    return step
+
+
+def accumulated(decays: int, share: bool = True) -> Any:
+    def answer(m: Any, gradients: Any, beta: float) -> Any:
+        for t, g in enumerate(gradients):
+            weight = (1 - beta) / (len(gradients) if share else 1)
+            m = (beta if t < decays else 1.0) * m + weight * g
+        return m
+
+    return answer
+
+
+def rounded_at_random(x: Any, u: Any) -> Any:
+    bits = x.view(torch.int32) + (u * 2**16).to(torch.int32)
+    return (bits & -(2**16)).view(torch.float32).bfloat16()
+
+
+def rounded_too_far(x: Any, u: Any) -> Any:
+    exact = x.bfloat16() == x
+    return torch.where(exact, x, 1.1 * x).bfloat16()
+
+
+def hook(decays_once: bool, moves_once: bool) -> Any:
+    def answer(theta: Any, m: Any, g: Any, t: int, k: int, lr: float, beta: float) -> None:
+        if t % k == 0 or not decays_once:
+            m.mul_(beta)
+        m.add_(g / k, alpha=1 - beta)
+        if (t + 1) % k == 0 or not moves_once:
+            theta.sub_(lr * m.sign())
+
+    return answer
+
+
+CASES |= {
+    fused_kernels.check_bytes: (
+        (lambda parameter, gradient, buffer, buffers: 2 * parameter + gradient + 2 * buffer * buffers,),
+        [
+            (
+                (lambda p, g, b, n: 2 * (p + g + b * n),),
+                "only reads the gradient, 20 bytes, the answer is 24",
+            ),
+            ((lambda p, g, b, n: p + g + b * n,), "Lion in float32 writes as well, 20 bytes"),
+            ((lambda p, g, b, n: 20,), "AdamW in float32 moves 28 bytes, the answer is 20"),
+            ((empty,), "still empty"),
+        ],
+    ),
+    fused_kernels.check_work: (
+        (work_of,),
+        [
+            (
+                (lambda program, sizes, block: (0, program * block, (program + 1) * block),),
+                "goes beyond the end",
+            ),
+            ((lambda program, sizes, block: (program, 0, sizes[program]),), "(0, 0, 4), not (0, 0, 5)"),
+            ((nothing,), "returns nothing"),
+        ],
+    ),
+    fused_kernels.check_autotune: (
+        (tuned_on(copies=True),),
+        [
+            ((tuned_on(copies=False),), "moves the weights 4 times"),
+            ((tuned_on(copies=True, momentum_too=False),), "the weights did not go with it: 1, not 0"),
+            ((lambda update, p, m, c, clock: update(p, m, 1) or 1,), "the fastest configuration is 2"),
+        ],
+    ),
+    stingy_memory.check_accumulation: (
+        (accumulated(1),),
+        [
+            ((accumulated(9),), "with 3 micro-batches m decays 3 times"),
+            ((accumulated(1, share=False),), "each of 3 gradients has the weight of a whole one"),
+            ((lambda m, gradients, beta: m,), "it is not the m of one step on the mean gradient"),
+            ((empty,), "still empty"),
+        ],
+    ),
+    stingy_memory.check_rounding: (
+        (rounded_at_random,),
+        [
+            ((lambda x, u: x,), "has the dtype torch.float32"),
+            ((lambda x, u: x.bfloat16(),), "1.00234 is always rounded to 1"),
+            ((lambda x, u: (x + 0.01).bfloat16(),), "do not stay"),
+            ((lambda x, u: rounded_at_random(x, u**2),), "spacings off on average"),
+            ((rounded_too_far,), "is rounded further than to its neighbours"),
+            ((nothing,), "returns nothing"),
+        ],
+    ),
+    stingy_memory.check_hook: (
+        (hook(True, True),),
+        [
+            ((hook(False, False),), "θ moves at micro-batch 0, which is not the last of 4"),
+            ((hook(False, True),), "after 4 micro-batches m is not that of 1 steps on the mean"),
+            (
+                (lambda theta, m, *rest: hook(True, True)(theta.clone(), m, *rest),),
+                "θ has not made 1 steps",
+            ),
+        ],
+    ),
+}
 
 CASES |= {
     adam_ratio.check_update_ratio: (

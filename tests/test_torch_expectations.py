@@ -92,11 +92,14 @@ CPU = torch.device("cpu")
 
 
 def configurations(info: OptimizerInfo) -> list[dict[str, Any]]:
-    """Every configuration of an optimizer, with foreach and differentiable off and on."""
+    """Every configuration of an optimizer, with foreach, differentiable and fused off and on."""
     found = _get_optim_inputs_including_global_cliquey_kwargs("cpu", torch.float32, info)
     # torch lists foreach only for accelerators; ours works on the CPU as well.
-    return [i.kwargs for i in found] + [
-        {**i.kwargs, "foreach": True, "differentiable": False} for i in info.optim_inputs_func(device=CPU)
+    ours = [i.kwargs for i in info.optim_inputs_func(device=CPU)]
+    return [
+        *(i.kwargs for i in found),
+        *({**kwargs, "foreach": True, "differentiable": False} for kwargs in ours),
+        *({**kwargs, "fused": True, "foreach": False, "differentiable": False} for kwargs in ours),
     ]
 
 

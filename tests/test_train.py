@@ -152,6 +152,41 @@ def test_a_training_step_for_timing_is_that_of_a_run() -> None:
     assert losses[-1] < losses[0] - 0.1  # the same batch again and again
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer": "signum", "betas": None, "lr": None, "fused": True},
+        {"optimizer": "lion", "betas": None, "lr": None, "fused": True, "lazy": "ids"},
+        {"fused": True, "scale": 1.0},
+        {"release_grads": True, "accumulate": 3},
+        {"release_grads": True, "fused": True, "scale": 1.0},
+    ],
+    ids=str,
+)
+def test_fused_and_released_training_ends_where_the_plain_one_does(options: dict[str, Any]) -> None:
+    config = small(**options)
+    tokens = load_tokens(config)
+    found = train(Run(config, tokens)).model
+    plain = train(Run(dataclasses.replace(config, fused=False, release_grads=False), tokens)).model
+    for a, b in zip(found.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_what_does_not_go_with_fused_and_release_grads() -> None:
+    for options, message in (
+        ({"release_grads": True, "clip": 1.0}, "release_grads and clip 1.0 exclude each other: the norm"),
+        (
+            {"release_grads": True, "optimizer": "lion", "betas": None},
+            "release_grads is for tiger, got lion",
+        ),
+        ({"fused": True, "optimizer": "sgd", "betas": None}, "fused is not for sgd"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            small(**options)
+    with pytest.raises(TypeError, match="fused must be True or False, got 1"):
+        small(fused=1)
+
+
 def test_eps_reaches_adamw_and_a_bad_one_is_named() -> None:
     config = small(optimizer="adamw", betas=None, lr=None, eps=0.5)
     tokens = load_tokens(config)

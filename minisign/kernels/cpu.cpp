@@ -1,8 +1,8 @@
 // One step of Signum, Lion, Tiger or AdamW on a CPU: every number is read once and written once.
 //
 // The same arithmetic as triton_step.py, operation by operation: float32 throughout, a fused
-// multiply-add only where std::fma says so (compiled with -ffp-contract=off), so that both are equal to
-// the last bit. Tensors of other types pass through float32 buffers of a block's size, which stay in
+// multiply-add only where `fma` says so (compiled with -ffp-contract=off), so that both are equal to the
+// last bit. Where torch has no fused multiply-add to use (NO_FMA), it is a product and a sum here too. Tensors of other types pass through float32 buffers of a block's size, which stay in
 // the first-level cache.
 
 #include <algorithm>
@@ -57,6 +57,14 @@ inline uint32_t float_to_bits(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   return bits;
+}
+
+inline float fma(float a, float b, float c) {
+#ifdef NO_FMA
+  return a * b + c;
+#else
+  return std::fma(a, b, c);
+#endif
 }
 
 inline int64_t bytes_of(int type) { return type == FLOAT32 ? 4 : 2; }
@@ -121,10 +129,10 @@ inline void close(const float* block, void* data, int type, int64_t start, int64
 
 inline float sign(float x) { return float(x > 0) - float(x < 0); }  // 0 of 0 and of NaN
 
-// torch.lerp: fma(coefficient, b - a, a or b).
+// torch.lerp(a, b, …), which starts from the nearer end.
 template <int FORM>
 inline float lerp(float a, float b, float coefficient) {
-  return std::fma(coefficient, b - a, FORM == FROM_M ? a : b);
+  return fma(coefficient, b - a, FORM == FROM_M ? a : b);
 }
 
 struct Own {  // what one tensor, or one row of it, adds
@@ -135,7 +143,7 @@ struct Own {  // what one tensor, or one row of it, adds
 
 template <int MEMORY_FORM>
 inline float remembered(float m, float g, const Shared& s) {
-  if (MEMORY_FORM == SUM) return std::fma(g, s.weight, m * s.keep);
+  if (MEMORY_FORM == SUM) return fma(g, s.weight, m * s.keep);
   return lerp<MEMORY_FORM>(m, g, s.memory);
 }
 
@@ -145,7 +153,7 @@ void update(float* __restrict p, const float* __restrict g, float* __restrict m,
   if (s.kind == ADAMW) {
     for (int64_t i = 0; i < n; i++) {
       m[i] = lerp<MEMORY_FORM>(m[i], g[i], s.memory);
-      v[i] = std::fma(s.square * g[i], g[i], v[i] * s.beta2_float);
+      v[i] = fma(s.square * g[i], g[i], v[i] * s.beta2_float);
       const float denominator = std::sqrt(v[i]) / own.root + s.eps;
       p[i] = p[i] * own.decay + -own.step_size * m[i] / denominator;
     }

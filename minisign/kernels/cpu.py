@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minisign.kernels.rule import TYPES, Launch, Rule, lerp
+from minisign.kernels.rule import FMA_ON_CPU, TYPES, Launch, Rule, lerp
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 COMPILERS = ("c++", "g++", "clang++")
@@ -64,7 +64,8 @@ def library() -> Any:
             "it, or leave fused out"
         )
     threads = () if platform.system() == "Darwin" else ("-fopenmp",)  # Apple's compiler has no OpenMP
-    flags = (*FLAGS, *threads, *INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ()))
+    contract = () if FMA_ON_CPU else ("-DNO_FMA",)
+    flags = (*FLAGS, *threads, *contract, *INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ()))
     key = repr((SOURCE.read_bytes(), compiler, flags, platform.machine(), platform.system()))
     target = _folder() / f"step-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not target.exists():

@@ -7,6 +7,7 @@ A :class:`Rule` is what all tensors of a step share, an :class:`Item` what one o
 from __future__ import annotations
 
 import math
+import platform
 from array import array
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,12 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+X86 = ("x86_64", "AMD64", "i686")
+
 # These numbers stand in cpu.cpp too.
 MOMENTUM, LION, ADAMW = range(3)
 NUMBER, RMS, ROW_RMS = range(3)
 FROM_M, FROM_G, SUM = range(3)
 ALL, BY_GRADIENT, MASK, LIST, LIST_BY_GRADIENT = range(5)
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Whether torch's interpolation on this CPU is a fused multiply-add: of x86 processors the oldest have none.
+FMA_ON_CPU = torch.backends.cpu.get_cpu_capability() != "DEFAULT" or platform.machine() not in X86
 COLUMNS = 12  # of a table, int64 each: see Item.columns
 
 

@@ -84,6 +84,7 @@ _BY_GRADIENT, _MASK = tl.constexpr(rule.BY_GRADIENT), tl.constexpr(rule.MASK)
 _LIST, _LIST_BY_GRADIENT = tl.constexpr(rule.LIST), tl.constexpr(rule.LIST_BY_GRADIENT)
 _COLUMNS = tl.constexpr(rule.COLUMNS)
 _INTERPRETED = tl.constexpr(INTERPRETED)
+_FMA_ON_CPU = tl.constexpr(rule.FMA_ON_CPU)
 _BFLOAT16 = tl.constexpr(tl.bfloat16)
 
 
@@ -92,8 +93,10 @@ _BFLOAT16 = tl.constexpr(tl.bfloat16)
 
 @triton.jit
 def _fma(a, b, c):
-    if _INTERPRETED:  # NumPy has none: the product of two float32 is exact in float64
+    if _INTERPRETED and _FMA_ON_CPU:  # NumPy has none: the product of two float32 is exact in float64
         return (a.to(tl.float64) * b + c).to(tl.float32)
+    elif _INTERPRETED:
+        return a * b + c
     else:
         return tl.fma(a, b, c)
 

@@ -326,7 +326,7 @@ class Tiger(RowOptimizer):
         return dict(
             eta=lr * (scale if isinstance(scale, (int, float)) else 1),
             keep=group["beta"],
-            weight=(1 - group["beta"]) / group["accumulate"],
+            weight=_weight(group),
             weight_decay=group["weight_decay"],
             shrink=group["shrink"],
             center=group["center"],
@@ -340,7 +340,7 @@ class Tiger(RowOptimizer):
             lr * (scale if isinstance(scale, (int, float)) else 1),
             group["weight_decay"],
             keep=group["beta"],
-            weight=(1 - group["beta"]) / group["accumulate"],
+            weight=_weight(group),
             scale={"rms": RMS, "row_rms": ROW_RMS}.get(scale, NUMBER),
             guard=shrink is not None,
             shrink=1.0 if shrink is None else shrink,
@@ -468,7 +468,7 @@ class Tiger(RowOptimizer):
             )
         state = self._init_state(p, group)
         keep = 1.0 if state.get("taken") else group["beta"]
-        weight = (1 - group["beta"]) / group["accumulate"]
+        weight = _weight(group)
         state["taken"] = state.get("taken", 0) + 1
         g = g.neg_() if group["maximize"] else g
         bad = take_and_free(state["momentum"], g, keep, weight, check=group["shrink"] is not None)
@@ -523,6 +523,11 @@ def _any_of_each(flags: list[list[bool | Tensor]]) -> list[bool]:
     seen = iter(torch.stack(tensors).tolist() if tensors else [])
     known = [[next(seen) if isinstance(flag, Tensor) else flag for flag in found] for found in flags]
     return [any(found) for found in known]
+
+
+def _weight(group: Group) -> float:
+    """Of one micro-batch's gradient in m."""
+    return (1 - group["beta"]) / group["accumulate"]  # type: ignore[no-any-return]
 
 
 def _is_last(group: Group) -> bool:
