@@ -61,6 +61,14 @@ SIZES: dict[str, list[tuple[int, ...]]] = {
     "350m": gpt2(24, 1024),
     "774m": gpt2(36, 1280),
 }
+TITLES = {
+    "10m": "10M weights in 74 matrices",
+    "small": "200 tensors of 1,000 weights",
+    "124m": "GPT-2, 124M weights",
+    "350m": "GPT-2, 350M weights",
+    "774m": "GPT-2, 774M weights",
+    "lazy": "embedding of 50,000 × 768, 500 rows looked up",
+}
 LAZY = (50_000, 768, 500)  # rows, columns, rows looked up
 DECAY: dict[str, Any] = {"weight_decay": 0.1}
 
@@ -116,7 +124,10 @@ BARS: dict[str, dict[tuple[str, str], tuple[str, float]]] = {
     "cpu": {
         **{("10m", name): (YARDSTICK, 0.90) for name in ("Lion (fused)", "Tiger, base (fused)")},
         **{("small", name): (YARDSTICK, 0.80) for name in ("Lion (fused)", "Tiger, base (fused)")},
-        **{("lazy", name): ("Lion (fused), dense", 0.03) for name in ("ids", "sparse")},
+        **{
+            ("lazy", name): ("Lion (fused), dense", 0.03)
+            for name in ("Lion (fused), lazy ids", "Lion (fused), sparse")
+        },
     },
     "cuda": {
         **{
@@ -134,7 +145,10 @@ BARS: dict[str, dict[tuple[str, str], tuple[str, float]]] = {
             for size in ("350m", "774m")
         },
         **{("small", name): (YARDSTICK, 0.60) for name in ("Lion (fused)", "Tiger, base (fused)")},
-        **{("lazy", name): ("Lion (fused), dense", 0.03) for name in ("ids", "sparse")},
+        **{
+            ("lazy", name): ("Lion (fused), dense", 0.03)
+            for name in ("Lion (fused), lazy ids", "Lion (fused), sparse")
+        },
     },
 }
 
@@ -287,10 +301,10 @@ def measure_lazy(rounds: int, device: str) -> list[dict[str, Any]]:
         YARDSTICK: (False, lambda ps: torch.optim.AdamW(ps, fused=True, **DECAY)),
         "torch SparseAdam": (True, torch.optim.SparseAdam),
         "Lion (fused), dense": (False, lambda ps: minisign.Lion(ps, fused=True, **DECAY)),
-        "ids": (False, lambda ps: minisign.Lion(ps, fused=True, lazy="ids", **DECAY)),
-        "sparse": (True, lambda ps: minisign.Lion(ps, fused=True, **DECAY)),
-        "grad": (False, lambda ps: minisign.Lion(ps, fused=True, lazy="grad", **DECAY)),
-        "ids, not fused": (False, lambda ps: minisign.Lion(ps, lazy="ids", **DECAY)),
+        "Lion (fused), lazy ids": (False, lambda ps: minisign.Lion(ps, fused=True, lazy="ids", **DECAY)),
+        "Lion (fused), sparse": (True, lambda ps: minisign.Lion(ps, fused=True, **DECAY)),
+        "Lion (fused), lazy grad": (False, lambda ps: minisign.Lion(ps, fused=True, lazy="grad", **DECAY)),
+        "Lion, lazy ids": (False, lambda ps: minisign.Lion(ps, lazy="ids", **DECAY)),
     }
     actions, before, alone = {}, {}, {}
     for name, (sparse, make) in makers.items():
@@ -343,7 +357,7 @@ def show(lines: list[dict[str, Any]]) -> None:
         "ratio_to_dense": "/ dense",
         "ratio_to_dense_alone": "alone",
     }
-    print(f"\n{lines[0]['size']:44}" + "".join(f"{titles[c]:>11}" for c in columns) + "  aim")
+    print(f"\n{TITLES[lines[0]['size']]:48}" + "".join(f"{titles[c]:>11}" for c in columns) + "  aim")
     for line in lines:
         figures = ("" if line[c] is None else f"{line[c]:.3f}" for c in columns)
         aim = line.get("bar")
@@ -352,7 +366,7 @@ def show(lines: list[dict[str, Any]]) -> None:
             if aim is None
             else f"  ≤ {aim['at_most']:g}: {'held' if aim['found'] <= aim['at_most'] else 'missed'}"
         )
-        print(f"{line['name']:44}" + "".join(f"{x:>11}" for x in figures) + held)
+        print(f"{line['name']:48}" + "".join(f"{x:>11}" for x in figures) + held)
 
 
 def draw(lines: list[dict[str, Any]], title: str, path: Path) -> None:
@@ -376,7 +390,7 @@ def draw(lines: list[dict[str, Any]], title: str, path: Path) -> None:
         ax.bar_label(bars, [f"{v:.2f}" if v >= 0.1 else f"{v:.3f}" for v in values], padding=2, fontsize=8)
         ax.axvline(1, color="black", linewidth=0.8)
         ax.set_xlim(0, 1.12 * max(values))
-        ax.set_title(size, loc="left", fontsize=10)
+        ax.set_title(TITLES[size], loc="left", fontsize=10)
         ax.tick_params(labelsize=8)
         ax.spines[["top", "right"]].set_visible(False)
     axes[-1, 0].set_xlabel("time of a step over that of torch.optim.AdamW(fused=True)")

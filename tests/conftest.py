@@ -6,8 +6,8 @@ import os
 
 # Tiny tensors: a second thread only waits. Set before torch is loaded, and for child processes.
 os.environ["OMP_NUM_THREADS"] = "1"
-# Triton reads it when a kernel's module is loaded: then the kernels run on a CPU, in NumPy.
-os.environ["TRITON_INTERPRET"] = "1"
+# Triton reads it when a kernel's module is loaded: then kernels run on a CPU, in NumPy. With 0, on a GPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch

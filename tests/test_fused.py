@@ -43,9 +43,12 @@ BACKENDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "foreach": {"foreach": True},
     "cpu": {"fused": "cpu"},
-    "interpreted": {"fused": "triton"},
 }
-if torch.cuda.is_available():
+ON_CPU = ["cpu"]
+if os.environ["TRITON_INTERPRET"] == "1":
+    BACKENDS["interpreted"] = {"fused": "triton"}
+    ON_CPU.append("triton")
+elif torch.cuda.is_available():
     BACKENDS["cuda"] = {"fused": True}
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "signum": (Signum, dict(lr=1e-2, beta=0.9, weight_decay=0.1)),
@@ -191,7 +194,7 @@ def test_the_same_rows(case: str, backend: str, lazy: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_interpreted_is_compiled(case: str) -> None:
     """The two kernels hold the same arithmetic: equal to the last bit where both differ from torch."""
-    one, two = Run(case, "cpu", torch.float32), Run(case, "interpreted", torch.float32)
+    one, two = Run(case, "cpu", torch.float32), Run(case, list(BACKENDS)[-1], torch.float32)
     for t in range(12):
         one.step(t)
         two.step(t)
@@ -224,7 +227,7 @@ def test_resume_in_another(case: str, first: str, second: str) -> None:
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.mark.parametrize("name", ["cpu", "triton"])
+@pytest.mark.parametrize("name", ON_CPU)
 def test_any_mix_of_types(name: str) -> None:
     """Parameter, gradient and momentum of three types each, against the same in float32, rounded once."""
     n, rule = 70, Rule(LION, 1e-2, 0.1, keep=0.99, weight=0.01, toward=0.1)
@@ -278,7 +281,7 @@ def test_state_dtype(case: str, backend: str) -> None:
 # --- rounding at random ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["plain", "foreach", "cpu", "interpreted"])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "cuda"])
 def test_rounding_at_random_is_unbiased(backend: str) -> None:
     """A step of a tenth of a bfloat16's spacing is lost to the nearest, and counts on average at random."""
     n, lr = 40000, 0.1 * 2**-8  # from 1 down the spacing is 2⁻⁸
@@ -348,7 +351,7 @@ def odd_tensors() -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("fused", ["cpu", "triton"])
+@pytest.mark.parametrize("fused", ON_CPU)
 @pytest.mark.parametrize("case", ["lion", "tiger", "tiger, rows", "adamw"])
 def test_odd_tensors(case: str, fused: str) -> None:
     """All of them beside an ordinary one, gradients in any memory order: as the plain step does it."""
@@ -375,7 +378,7 @@ def test_odd_tensors(case: str, fused: str) -> None:
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["cpu", "triton"])
+@pytest.mark.parametrize("name", ON_CPU)
 def test_beyond_two_to_the_31(name: str) -> None:
     """DeepSpeed #7640: offsets of 32 bits, and silently no update past 2³¹ entries."""
     width, row = 1024, 2**21 + 5
@@ -429,7 +432,7 @@ def test_a_plan_is_remade_when_anything_moves() -> None:
 
 
 @pytest.mark.parametrize("sparse", [False, True])
-@pytest.mark.parametrize("fused", ["cpu", "triton"])
+@pytest.mark.parametrize("fused", ON_CPU)
 def test_no_gradient_is_kept(fused: str, sparse: bool) -> None:
     """The plan of the next step must not hold the memory of this one's gradients."""
     embedding = nn.Embedding(6, 4, sparse=sparse)
@@ -448,7 +451,7 @@ def test_no_gradient_is_kept(fused: str, sparse: bool) -> None:
 # --- amp, lr in a tensor --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fused", ["cpu", "triton"])
+@pytest.mark.parametrize("fused", ON_CPU)
 @pytest.mark.parametrize("case", ["lion", "tiger, base", "tiger, micro-batches", "adamw"])
 def test_grad_scaler(case: str, fused: str) -> None:
     """Scaled gradients are divided in the kernel, and a step with an infinite one is not made."""
@@ -478,7 +481,7 @@ def test_grad_scaler(case: str, fused: str) -> None:
         )
 
 
-@pytest.mark.parametrize("fused", ["cpu", "triton"])
+@pytest.mark.parametrize("fused", ON_CPU)
 @pytest.mark.parametrize("case", ["signum", "lion", "tiger, base", "tiger", "adamw"])
 def test_capturable_with_lr_in_a_tensor(case: str, fused: str) -> None:
     cls, options = CASES[case]
@@ -644,9 +647,13 @@ def test_ptx_reads_and_writes_16_bytes(ptx: dict[Any, str], variant: Any) -> Non
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_ptx_arithmetic(ptx: dict[Any, str], variant: Any) -> None:
-    """Rounding to nearest; division and root rounded, not approximated; no multiply-add but the written."""
+    """Rounding to nearest; division and root rounded, not approximated; no multiply-add but the written.
+
+    And subnormal numbers stay (no .ftz): a momentum without gradients keeps its sign, as on a CPU.
+    """
     code, kinds, look = ptx[variant], variant[1], variant[4]
     assert ("cvt.rn.bf16" in code) == ("b" in kinds[0] + kinds[2] and not look)
+    assert not re.search(r"(add|sub|mul|fma|mad|div|sqrt)\S*\.ftz", code)
     assert "div.full" not in code
     assert "div.approx" not in code
     assert "sqrt.approx" not in code
@@ -660,3 +667,62 @@ def test_ptx_addresses_have_64_bits(ptx: dict[Any, str]) -> None:
     """Where a block starts, or a row, is worked out in 64 bits."""
     for (_, _, which, _, _), code in ptx.items():
         assert re.search(r"shl\.b64 \t%rd\d+, %rd\d+, 12;" if which is None else r"mul\.lo\.s64", code)
+
+
+# --- with one (TRITON_INTERPRET=0 pytest tests/test_fused.py) -------------------------------------
+
+if "cuda" in BACKENDS:
+
+    @pytest.mark.parametrize("case", ["signum", "lion", "tiger, base", "tiger", "tiger, rows", "adamw"])
+    def test_a_graph_makes_the_same_steps(case: str) -> None:
+        """Captured once and run with other gradients and rates, against eager steps."""
+        cls, options = CASES[case]
+        starts = [torch.randn(shape, device="cuda") for shape in ((40, 8), (6,))]
+        eager, graphed = ([nn.Parameter(s.clone()) for s in starts] for _ in range(2))
+        rates = [torch.tensor(0.0, device="cuda") for _ in range(2)]
+        optimizers = [
+            cls(ps, **{**options, "lr": lr}, capturable=True, fused=True)
+            for ps, lr in zip((eager, graphed), rates, strict=True)
+        ]
+        for p in (*eager, *graphed):
+            p.grad = torch.zeros_like(p)
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for optimizer in optimizers:
+                optimizer.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            optimizers[1].step()
+        for t in range(20):
+            for lr in rates:
+                lr.fill_(1e-2 / (t + 1))
+            for p, q in zip(eager, graphed, strict=True):
+                q.grad.copy_(p.grad.normal_())  # type: ignore[union-attr]
+            optimizers[0].step()
+            graph.replay()
+        assert_equal([q.detach() for q in graphed], [p.detach() for p in eager])
+
+    def test_a_graph_refuses_what_it_cannot_hold() -> None:
+        ps = [nn.Parameter(torch.ones(8, device="cuda")) for _ in range(2)]
+        optimizer = Lion(ps, capturable=True, fused=True)
+        ps[0].grad = torch.ones_like(ps[0])
+        with (
+            pytest.raises(RuntimeError, match=r"shape \(8,\) has none"),
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+        ):
+            optimizer.step()
+
+    @pytest.mark.parametrize("case", ["lion", "tiger, base", "adamw"])
+    def test_found_inf_on_a_gpu_needs_no_waiting(case: str) -> None:
+        cls, options = CASES[case]
+        p = nn.Parameter(torch.ones(8, 4, device="cuda"))
+        optimizer = cls([p], **options, fused=True)
+        optimizer.grad_scale = torch.full((1,), 4.0, device="cuda")
+        for found, moves in ((1.0, False), (0.0, True)):
+            p.grad = torch.full_like(p, 4.0)
+            optimizer.found_inf = torch.full((1,), found, device="cuda")
+            torch.cuda.set_sync_debug_mode("error")
+            optimizer.step()
+            torch.cuda.set_sync_debug_mode("default")
+            assert bool((p != 1).all()) == moves

@@ -42,6 +42,10 @@ def backend(fused: bool | str, device: torch.device) -> str:
                 f"fused={fused!r} on {device.type} needs Triton, which cannot be loaded ({error}); "
                 "PyTorch's CUDA builds bring it, elsewhere: pip install triton"
             ) from error
+        if device.type == "cuda" and INTERPRETED:
+            raise RuntimeError(
+                "TRITON_INTERPRET=1 is set, which runs kernels on the CPU: unset it to step on a GPU"
+            )
         if device.type == "cpu" and not INTERPRETED:
             raise RuntimeError(
                 "fused='triton' on CPU tensors runs in Triton's interpreter only, for tests and lessons: "

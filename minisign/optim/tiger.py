@@ -527,7 +527,7 @@ def _any_of_each(flags: list[list[bool | Tensor]]) -> list[bool]:
 
 def _weight(group: Group) -> float:
     """Of one micro-batch's gradient in m."""
-    return (1 - group["beta"]) / group["accumulate"]  # type: ignore[no-any-return]
+    return (1 - group["beta"]) / group["accumulate"]
 
 
 def _is_last(group: Group) -> bool:
