@@ -125,18 +125,10 @@ class Run:
         with torch.no_grad():
             for p, q in zip(self.params, other.params, strict=True):
                 p.copy_(q)
-        self.optimizer.load_state_dict(saved(other.optimizer, self.optimizer))
-
-
-def saved(optimizer: Any, target: Any) -> Any:
-    """Its state_dict, by way of a file, for an optimizer whose back end is another."""
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    state = torch.load(file, weights_only=True)
-    for group, own in zip(state["param_groups"], target.param_groups, strict=True):
-        group.update({name: own[name] for name in ("foreach", "fused")})
-    return state
+        file = io.BytesIO()
+        torch.save(other.optimizer.state_dict(), file)
+        file.seek(0)
+        self.optimizer.load_state_dict(torch.load(file, weights_only=True))
 
 
 def assert_equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
@@ -217,6 +209,11 @@ def test_resume_in_another(case: str, first: str, second: str) -> None:
     else:
         for a, b in zip(resumed.values(), through.values(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    own = {name: BACKENDS[second].get(name) for name in ("fused", "foreach")}
+    group = resumed.optimizer.param_groups[0]
+    assert {
+        name: group[name] or None for name in own
+    } == own  # the back end is its own, not the checkpoint's
     assert [type(v) for v in resumed.optimizer.state_dict()["state"][0].values()] == [
         type(v) for v in through.optimizer.state_dict()["state"][0].values()
     ]
@@ -448,6 +445,27 @@ def test_no_gradient_is_kept(fused: str, sparse: bool) -> None:
         assert gone() is None
 
 
+@pytest.mark.parametrize("case", ["lion", "tiger", "tiger, rows", "adamw"])
+@pytest.mark.parametrize("lazy", [False, "grad"])
+def test_threads_change_nothing(case: str, lazy: Any) -> None:
+    if lazy and case == "tiger":
+        lazy = False  # the RMS of the whole matrix is not for rows
+    results = []
+    for threads in (1, 2):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        cls, options = CASES[case]
+        p = nn.Parameter(torch.randn(700, 130))
+        optimizer = cls([p], **options, lazy=lazy, fused="cpu")
+        for _ in range(3):
+            p.grad = torch.randn(700, 130) * (torch.rand(700, 1) > 0.3)
+            optimizer.step()
+        torch.set_num_threads(before)
+        results.append(p.detach())
+    assert torch.equal(*results)
+
+
 # --- amp, lr in a tensor --------------------------------------------------------------------------
 
 
@@ -549,6 +567,13 @@ def test_triton_on_a_cpu_needs_the_interpreter() -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
     assert "set TRITON_INTERPRET=1 before the first import, or take fused=True" in result.stderr
+
+
+def test_a_group_without_a_back_end_is_not_added() -> None:
+    optimizer = Lion([nn.Parameter(torch.ones(2))], fused=True)
+    with pytest.raises(RuntimeError, match="no back end for parameters on 'meta'"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, device="meta"))]})
+    assert len(optimizer.param_groups) == 1
 
 
 def test_no_back_end() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from mutants import MUTANTS
 from minisign.experiment import figures, read_log, saturated
 from minisign.search import CONTENDERS, best_rate, losses_by_rate
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 FIXES = {
     "none (Tiger)": "tiger",
     "lazy rows": "lazy",
@@ -136,6 +138,46 @@ def test_figures_of_the_undisturbed_run_and_of_the_jumps() -> None:
     assert f"In {['no', 'one', 'two', 'three'][(jumps['base'] > 0.35).sum()]} seeds of six the loss" in text
     for label in ("2 layers", "4 layers", "rate 0.002", "warm-up 200"):
         assert jumps[label].max() < 0.15
+
+
+SPEED = json.loads((ROOT / "benchmarks" / "results" / "amd-epyc-1-thread.json").read_text())["results"]
+
+
+def test_table_of_speed() -> None:
+    found = {(line["size"], line["name"]): line for line in SPEED}
+    for (size, name), line in found.items():
+        if size == "10m":
+            share = line["share_of_copy_bandwidth"]
+            cells = (
+                name,
+                f"{line['ratio_to_fused_adamw']:.2f}",
+                "" if share is None else f"{share:.2f}",
+                f"{found['small', name]['ratio_to_fused_adamw']:.2f}",
+            )
+            assert f"| {' | '.join(cells)} |" in README.splitlines()
+
+
+def test_table_of_lazy_steps() -> None:
+    for line in SPEED:
+        if line["size"] == "lazy":
+            figures = (
+                line[name] for name in ("ratio_to_dense", "ratio_to_dense_alone", "ratio_to_fused_adamw")
+            )
+            cells = [line["name"], *(f"{x:.3f}" for x in figures)]
+            assert f"| {' | '.join(cells)} |" in README.splitlines()
+
+
+def test_the_loop_against_the_fastest_published_one() -> None:
+    times = {line["name"]: line["milliseconds"] for line in SPEED if line["size"] == "10m"}
+    published = (
+        "torch-optimi Lion",
+        "torch-optimi Lion (loop)",
+        "lion-pytorch Lion",
+        "pytorch-optimizer Lion",
+    )
+    slower = times["Lion"] / min(times[name] for name in published) - 1
+    assert slower <= 0.05
+    assert "as fast as the fastest published one to within 5 %" in " ".join(README.split())
 
 
 def test_number_of_mutants() -> None:

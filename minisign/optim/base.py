@@ -33,6 +33,8 @@ Params: TypeAlias = Iterable[Any]
 LAZY = (False, "grad", "ids")
 LAZY_MOMENTUM = ("freeze", "decay")
 FUSED = (False, True, "cpu", "triton")
+# Options that say how a step is computed and not what: a checkpoint from elsewhere leaves them alone.
+HOW = ("foreach", "fused", "release_grads")
 WIDE = {torch.float32, torch.float64}  # what arithmetic is done in
 STATE_TYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -94,7 +96,8 @@ class RowOptimizer(ExactOptimizer):
       compiled at first use; RuntimeError where Triton or a compiler is missing. float32, bfloat16 and
       float16 in any mix, dense tensors of one memory order; others, and lazy rows with
       ``lazy_momentum="decay"``, Tiger's ``accumulate`` or ``scale="rms"``, take the plain road.
-      ``"cpu"`` or ``"triton"`` names the back end.
+      ``"cpu"`` or ``"triton"`` names the back end. A checkpoint of one goes on in any other: loading it
+      leaves ``fused``, ``foreach`` and ``release_grads`` as they are.
     - ``state_dtype``: of the buffers, say ``torch.bfloat16``; ``None``: that of the parameter.
     - ``stochastic_rounding``: bfloat16 parameters are rounded at random (see rounding.py), so that steps
       far below their spacing count on average; ``seed`` says which randomness.
@@ -142,16 +145,19 @@ class RowOptimizer(ExactOptimizer):
     # --- torch.optim's contract -----------------------------------------------------------------
 
     def __setstate__(self, state: Group) -> None:
+        before = self.__dict__.get("param_groups", [])
         super().__setstate__(state)
         for group in self.param_groups:  # a checkpoint from before an option existed
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
+        for group, own in zip(self.param_groups, before, strict=False):
+            group.update({name: own[name] for name in HOW if name in own})
 
     def add_param_group(self, param_group: Group) -> None:
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError):
             self.param_groups.pop()
             raise
 
@@ -182,11 +188,13 @@ class RowOptimizer(ExactOptimizer):
     def _is_overflow(self) -> bool:
         """Whether this step is left out for an infinite gradient; the kernels see to that by themselves."""
         found_inf = self._scaling()[1]
+        if found_inf is None:
+            return False
         in_kernels = all(
             group["fused"] and group.get("accumulate", 1) == 1 and all(p.is_cuda for p in group["params"])
             for group in self.param_groups
         )
-        return found_inf is not None and not in_kernels and bool(found_inf.item())
+        return not in_kernels and bool(found_inf.item())
 
     # --- the four roads -------------------------------------------------------------------------
 

@@ -441,18 +441,18 @@ class Tiger(RowOptimizer):
 
     def _hook_group(self, number: int) -> None:
         """Has autograd hand over the gradients of a group as soon as they are there."""
-        group, hooked = self.param_groups[number], self._cache("hooked")
+        own, hooked = self.param_groups[number], self._cache("hooked")
         # Not the optimizer itself: a model that outlives it must keep its gradients.
         this = weakref.ref(self)
 
         def take_in(p: Tensor) -> None:
             optimizer = this()
-            if optimizer is not None:
+            if optimizer is not None and (group := optimizer.param_groups[number])["release_grads"]:
                 with torch.no_grad():
-                    optimizer._take_in(p, optimizer.param_groups[number])
+                    optimizer._take_in(p, group)
 
-        for p in group["params"]:
-            if group["release_grads"] and p.requires_grad and p not in hooked:
+        for p in own["params"]:
+            if own["release_grads"] and p.requires_grad and p not in hooked:
                 hooked[p] = p.register_post_accumulate_grad_hook(take_in)
 
     def _take_in(self, p: Tensor, group: Group) -> None:
