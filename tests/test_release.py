@@ -103,9 +103,11 @@ def test_two_backwards_before_a_step() -> None:
 @pytest.mark.parametrize("fused", [False, True])
 def test_narrow_parameters(fused: bool, state_dtype: Any) -> None:
     """m is rounded after each micro-batch, with or without: equal, rounding at random too."""
-    options = dict(dtype=torch.bfloat16, state_dtype=state_dtype, scale=1.0, stochastic_rounding=True)
-    plain, released = train(3, False, k=1, **options), train(3, True, k=1, fused=fused, **options)
-    assert difference(plain[0], released[0]) == 0
+    options = dict(dtype=torch.bfloat16, state_dtype=state_dtype)
+    for rounded, bad, scale in ((True, (), 1.0), (False, (1, 4), 1.0 if fused else "rms")):
+        options |= dict(stochastic_rounding=rounded, bad=bad, scale=scale)
+        plain, released = train(3, False, k=1, **options), train(3, True, k=1, fused=fused, **options)
+        assert difference(plain[0], released[0]) == 0
 
 
 def test_resume_and_copy_in_the_middle_of_a_cycle() -> None:

@@ -470,7 +470,7 @@ class Tiger(RowOptimizer):
         keep = 1.0 if state.get("taken") else group["beta"]
         weight = _weight(group)
         state["taken"] = state.get("taken", 0) + 1
-        g = g.neg_() if group["maximize"] else g
+        g = -g if group["maximize"] else g
         bad = take_and_free(state["momentum"], g, keep, weight, check=group["shrink"] is not None)
         # θ shrinks in step(): here it may still be in use.
         self._cache("bad").setdefault(p, []).append(bad)
@@ -484,8 +484,8 @@ class Tiger(RowOptimizer):
         moving = []
         for p, bad in zip(flags, _any_of_each(list(flags.values())), strict=True):
             if bad:
-                shrunk = (p - group["center"]) * group["shrink"] + group["center"]
-                p.copy_(shrunk)
+                wide = p.to(torch.promote_types(p.dtype, torch.float32))
+                p.copy_((wide - group["center"]) * group["shrink"] + group["center"])
             elif last and self.state.get(p, {}).get("taken"):
                 moving.append(p)
             if last and p in self.state:
