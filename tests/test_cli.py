@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from minisign import reproduce as reproduce_module
 from minisign.cli import main
 from minisign.corpus import CorpusConfig, generate
+from minisign.kernels import cpu
 from minisign.reproduce import VARIANTS, variant_config
 
 MINISIGN = [sys.executable, "-m", "minisign"]
@@ -321,3 +322,18 @@ def test_help_reads_well(capsys: Any) -> None:
         assert "default" in text or argv == ["--help"]
     assert "unrecognized arguments" in fails(capsys, "corpus", "--out", "x", "--foo")
     assert "COMMAND" in fails(capsys)
+
+
+def test_fused_without_a_compiler_and_released_gradients_with_clipping(
+    capsys: Any, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = ("--out", str(tmp_path / "run"), "--text", text)
+    assert "release_grads and clip 1.0 exclude each other" in fails(
+        capsys, "train", "--release-grads", "--clip", "1", *out
+    )
+    cpu.library.cache_clear()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert "needs a C++ compiler" in fails(capsys, "train", "--fused", *out)
+    cpu.library.cache_clear()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minisign.kernels.rule import TYPES, Launch, Rule
+from minisign.kernels.rule import TYPES, Launch, Rule, Unavailable
 
 BACKENDS = ("cpu", "triton")
 
@@ -25,7 +25,7 @@ def backend(fused: bool | str, device: torch.device) -> str:
     """Which back end ``fused`` means for parameters on ``device``, ready for use.
 
     Raises:
-        RuntimeError: no C++ compiler, no Triton, or no back end for the device; the message says what is
+        Unavailable: no C++ compiler, no Triton, or no back end for the device; the message says what is
             missing.
     """
     name = fused if isinstance(fused, str) else {"cpu": "cpu", "cuda": "triton"}.get(device.type)
@@ -38,21 +38,21 @@ def backend(fused: bool | str, device: torch.device) -> str:
         try:
             from minisign.kernels.triton_step import INTERPRETED
         except ImportError as error:
-            raise RuntimeError(
+            raise Unavailable(
                 f"fused={fused!r} on {device.type} needs Triton, which cannot be loaded ({error}); "
                 "PyTorch's CUDA builds bring it, elsewhere: pip install triton"
             ) from error
         if device.type == "cuda" and INTERPRETED:
-            raise RuntimeError(
+            raise Unavailable(
                 "TRITON_INTERPRET=1 is set, which runs kernels on the CPU: unset it to step on a GPU"
             )
         if device.type == "cpu" and not INTERPRETED:
-            raise RuntimeError(
+            raise Unavailable(
                 "fused='triton' on CPU tensors runs in Triton's interpreter only, for tests and lessons: "
                 "set TRITON_INTERPRET=1 before the first import, or take fused=True"
             )
         return name
-    raise RuntimeError(f"fused={fused!r} has no back end for parameters on {device.type!r}")
+    raise Unavailable(f"fused={fused!r} has no back end for parameters on {device.type!r}")
 
 
 def takes(p: Tensor, g: Tensor, buffers: Sequence[Tensor], by_rows: bool) -> bool:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minisign.kernels.rule import FMA_ON_CPU, TYPES, Launch, Rule, lerp
+from minisign.kernels.rule import FMA_ON_CPU, TYPES, Launch, Rule, Unavailable, lerp
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 COMPILERS = ("c++", "g++", "clang++")
@@ -54,11 +54,11 @@ def library() -> Any:
     """The compiled step; the first call on a machine takes some seconds.
 
     Raises:
-        RuntimeError: no compiler, or one that fails; with what to do, or with what it says.
+        Unavailable: no compiler, or one that fails; with what to do, or with what it says.
     """
     compiler = os.environ.get("CXX") or next((c for c in COMPILERS if shutil.which(c)), None)
     if compiler is None or shutil.which(compiler) is None:
-        raise RuntimeError(
+        raise Unavailable(
             f"fused=True on a CPU needs a C++ compiler, and there is no {compiler or ', '.join(COMPILERS)} "
             "on PATH: install one (Debian: apt install g++; macOS: xcode-select --install), point CXX to "
             "it, or leave fused out"
@@ -90,7 +90,7 @@ def _compile(command: list[str], target: Path) -> None:
         made = Path(folder) / target.name
         result = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, check=False)
         if result.returncode:
-            raise RuntimeError(
+            raise Unavailable(
                 f"fused=True: {command[0]} could not compile {SOURCE.name}; leave fused out, or set CXX to "
                 f"another compiler. It says:\n{result.stderr.strip()}"
             )

@@ -29,6 +29,10 @@ FMA_ON_CPU = torch.backends.cpu.get_cpu_capability() != "DEFAULT" or platform.ma
 COLUMNS = 12  # of a table, int64 each: see Item.columns
 
 
+class Unavailable(RuntimeError):
+    """A back end that is not to be had here: no compiler, no Triton, another device."""
+
+
 @dataclass(frozen=True)
 class Rule:
     """One step of one optimizer, for all tensors of a launch.
