@@ -38,7 +38,7 @@ import torch
 from torch import nn
 
 import minisign
-from minisign.probes import PeakMemory
+from minisign.probes import PeakMemory, state_bytes
 
 RESULTS = Path(__file__).parent / "results"
 F32, BF16 = torch.float32, torch.bfloat16
@@ -251,13 +251,16 @@ def measure(size: str, rounds: int, layouts: int, device: str, half: bool) -> li
                 "bytes_beyond_gradients": memory_beyond(chosen[name], shapes, device) / entries,
             }
         )
-        against, bar = BARS[device].get((size, name), (None, None))
-        if against:
-            lines[-1]["bar"] = {
-                "against": against,
-                "at_most": bar,
-                "found": ratio(values, seconds[against]),
-            }
+    return with_bars(lines, seconds, device)
+
+
+def with_bars(lines: list[dict[str, Any]], seconds: dict[str, Any], device: str) -> list[dict[str, Any]]:
+    """The lines, with what is aimed at and what was found where there is an aim."""
+    for line in lines:
+        if bar := BARS[device].get((line["size"], line["name"])):
+            against, most = bar
+            found = ratio(seconds[line["name"]], seconds[against])
+            line["bar"] = {"against": against, "at_most": most, "found": found}
     return lines
 
 
@@ -276,19 +279,10 @@ def memory_beyond(contestant: Contestant, shapes: list[tuple[int, ...]], device:
     optimizer.step()
     if device == "cuda":
         torch.cuda.synchronize()
-        before = (
-            torch.cuda.memory_allocated()
-            - own
-            - sum(
-                x.numel() * x.element_size()
-                for s in optimizer.state.values()
-                for x in s.values()
-                if isinstance(x, torch.Tensor)
-            )
-        )
+        others = torch.cuda.memory_allocated() - own - state_bytes(optimizer)
         torch.cuda.reset_peak_memory_stats()
         optimizer.step()
-        return float(torch.cuda.max_memory_allocated() - before - own)
+        return float(torch.cuda.max_memory_allocated() - others - own)
     with PeakMemory(nn.ParameterList(ps), optimizer) as memory:
         optimizer.step()
     return memory.peak - own
@@ -336,14 +330,7 @@ def measure_lazy(rounds: int, device: str) -> list[dict[str, Any]]:
                 "ratio_to_dense_alone": ratio(alone[name], alone[dense]),
             }
         )
-        against, bar = BARS[device].get(("lazy", name), (None, None))
-        if against:
-            lines[-1]["bar"] = {
-                "against": against,
-                "at_most": bar,
-                "found": ratio(values, seconds[against]),
-            }
-    return lines
+    return with_bars(lines, seconds, device)
 
 
 def show(lines: list[dict[str, Any]]) -> None:

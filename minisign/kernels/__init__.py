@@ -18,8 +18,6 @@ from torch import Tensor
 
 from minisign.kernels.rule import TYPES, Launch, Rule, Unavailable
 
-BACKENDS = ("cpu", "triton")
-
 
 def backend(fused: bool | str, device: torch.device) -> str:
     """Which back end ``fused`` means for parameters on ``device``, ready for use.

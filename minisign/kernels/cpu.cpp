@@ -2,8 +2,9 @@
 //
 // The same arithmetic as triton_step.py, operation by operation: float32 throughout, a fused
 // multiply-add only where `fma` says so (compiled with -ffp-contract=off), so that both are equal to the
-// last bit. Where torch has no fused multiply-add to use (NO_FMA), it is a product and a sum here too. Tensors of other types pass through float32 buffers of a block's size, which stay in
-// the first-level cache.
+// last bit. Where torch has no fused multiply-add to use (NO_FMA), it is a product and a sum here too.
+// Tensors of other types pass through float32 buffers of a block's size, which stay in the first-level
+// cache.
 
 #include <algorithm>
 #include <cmath>
@@ -32,7 +33,7 @@ struct Shared {
   int32_t kind, scale, memory_form, toward_form, rows, guard, move, fold, rounded, p_type, g_type, m_type;
 };
 
-// One tensor; mirrored by COLUMNS in table.py.
+// One tensor; mirrored by Item.columns in rule.py.
 struct Tensor {
   void *p, *g, *m, *v;
   float* step;         // of this parameter, or null
@@ -179,14 +180,12 @@ void update(float* __restrict p, const float* __restrict g, float* __restrict m,
 }
 
 void update_span(const Tensor& t, const Shared& s, const Own& own, int64_t start, int64_t g_start, int64_t n) {
-  float p_buffer[BLOCK], g_buffer[BLOCK], m_buffer[BLOCK];
+  float p_buffer[BLOCK], g_buffer[BLOCK], m_buffer[BLOCK], v_buffer[BLOCK];
   for (int64_t done = 0; done < n; done += BLOCK) {
     const int64_t at = start + done, length = std::min(BLOCK, n - done);
     float* p = opened(t.p, s.p_type, at, length, p_buffer);
     float* m = opened(t.m, s.m_type, at, length, m_buffer);
-    float* v = t.v ? static_cast<float*>(t.v) + at : nullptr;
-    float v_buffer[BLOCK];
-    if (t.v) v = opened(t.v, s.m_type, at, length, v_buffer);
+    float* v = t.v ? opened(t.v, s.m_type, at, length, v_buffer) : nullptr;
     float* g = nullptr;
     if (s.fold) {
       g = opened(t.g, s.g_type, g_start + done, length, g_buffer);

@@ -220,6 +220,17 @@ def _rates(line, numbers, lr_pointer, size, FORM: tl.constexpr):
 
 
 @triton.jit
+def _of_all(bad, grad_scale, numbers, FORM: tl.constexpr):
+    """What gradients are multiplied by, and whether all of this tensor's are finite."""
+    unscale, finite = numbers.sign, True
+    if FORM.unscale:
+        unscale = tl.div_rn(numbers.sign, tl.load(grad_scale))
+    if FORM.guard:
+        finite = tl.load(bad) == 0
+    return unscale, finite
+
+
+@triton.jit
 def _step(line, i, g_i, mask, unscale, finite, rates, numbers, FORM: tl.constexpr, MASKED: tl.constexpr):
     """Entries i of parameter and momentum, and g_i of the gradient, are read, moved and written."""
     eta, decay, step_size, root, key = rates
@@ -277,11 +288,8 @@ def step_blocks(
             else:
                 _look(line, i, mask, squares + owner, bad + owner, FORM, True)
         else:
-            unscale, rms, finite = numbers.sign, numbers.lr, True
-            if FORM.unscale:
-                unscale = tl.div_rn(numbers.sign, tl.load(grad_scale))
-            if FORM.guard:
-                finite = tl.load(bad + owner) == 0
+            unscale, finite = _of_all(bad + owner, grad_scale, numbers, FORM)
+            rms = numbers.lr
             if FORM.scale == _RMS:
                 rms = _rms(tl.load(squares + owner), size)
             rates = _rates(line, numbers, lr, rms, FORM)
@@ -324,11 +332,8 @@ def step_rows(
                 g = _load(_pointer(line, 1, FORM.g, FORM), g_start + k, k < width, True)
                 tl.atomic_max(bad + owner, _some_not_finite(g))
         else:
-            unscale, rms, finite = numbers.sign, numbers.lr, True
-            if FORM.unscale:
-                unscale = tl.div_rn(numbers.sign, tl.load(grad_scale))
-            if FORM.guard:
-                finite = tl.load(bad + owner) == 0
+            unscale, finite = _of_all(bad + owner, grad_scale, numbers, FORM)
+            rms = numbers.lr
             if FORM.scale == _ROW_RMS:
                 squared = tl.full([], 0.0, tl.float64)
                 for first in range(0, width, FORM.block):

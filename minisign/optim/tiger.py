@@ -215,7 +215,8 @@ class Tiger(RowOptimizer):
             gradients (their groups can say ``"release_grads": False``), ``capturable``, or a
             ``GradScaler``, whose scale would stay in the momentum. Clipping by a norm of all gradients
             is not possible, since they are never there at once: ``clip_grad_norm_`` finds none and returns
-            0. What ``p.register_hook`` does to a gradient, each tensor by itself, comes before.
+            0. What ``p.register_hook`` does to a gradient, each tensor by itself, comes before; what
+            ``DistributedDataParallel`` does, the mean over processes, comes too late.
         options: see :class:`~minisign.optim.base.RowOptimizer`. ``capturable`` excludes
             ``accumulate`` > 1, whose count a CUDA graph would freeze.
 
@@ -334,18 +335,18 @@ class Tiger(RowOptimizer):
         )
 
     def _rule(self, group: Group) -> Rule:
-        lr, scale, shrink = learning_rate(group), group["scale"], group["shrink"]
+        hyper, shrink = self._hyper(group), group["shrink"]
         return Rule(
             MOMENTUM,
-            lr * (scale if isinstance(scale, (int, float)) else 1),
-            group["weight_decay"],
-            keep=group["beta"],
-            weight=_weight(group),
-            scale={"rms": RMS, "row_rms": ROW_RMS}.get(scale, NUMBER),
+            hyper["eta"],
+            hyper["weight_decay"],
+            keep=hyper["keep"],
+            weight=hyper["weight"],
+            scale={"rms": RMS, "row_rms": ROW_RMS}.get(group["scale"], NUMBER),
             guard=shrink is not None,
             shrink=1.0 if shrink is None else shrink,
-            center=group["center"],
-            move=_is_last(group),
+            center=hyper["center"],
+            move=hyper["move"],
             maximize=group["maximize"],
             rounded=group["stochastic_rounding"],
         )
