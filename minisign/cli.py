@@ -31,6 +31,8 @@ examples:
   minisign train --resume runs/a --steps 3000    and on from there
   minisign probe --model runs/a                  gradient norms, saturation and head of a trained model
   minisign probe --model gpt2/ --text book.txt   of a GPT-2 or RoBERTa checkpoint
+  minisign inspect model.safetensors             are rows of its embedding at ±1/λ? exit code 1 if so
+  minisign repair model/ --out mended/           a copy with those rows scaled down
   minisign corpus --words 1000 --out sample.txt  the generated text"""
 
 
@@ -72,6 +74,23 @@ def build_parser() -> Parser:
             description="Measures a model that was trained here, or a GPT-2 or RoBERTa checkpoint "
             "(config.json and safetensors), on a text. Prints a table, leaves probe.json and probe.png in "
             "--out. Nothing is trained, changed or downloaded.",
+        )
+    )
+    _inspect_arguments(
+        commands.add_parser(
+            "inspect",
+            help="whether rows of a checkpoint's embeddings stand at the bound ±1/λ",
+            description="Reads the embedding-like matrices of a checkpoint, whoever trained it, and says "
+            "of each whether rows stand at a bound. Prints a verdict and a table, leaves inspect.json and "
+            "inspect.png in --out. Exit code: 0 healthy, 1 saturated, 2 error. Nothing is changed.",
+        )
+    )
+    _repair_arguments(
+        commands.add_parser(
+            "repair",
+            help="a copy of a checkpoint with such rows scaled down",
+            description="Writes a copy of a checkpoint in which the rows that stand at a bound have the "
+            "median size of the others, and their pattern of signs; every other byte is as it was.",
         )
     )
     _corpus_arguments(
@@ -248,6 +267,58 @@ def _probe_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="a safetensors or torch file, an index of shards (….index.json), or a folder with them",
+    )
+    parser.add_argument(
+        "--tensor",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="which matrices; default: those that are embeddings or output layers by name and shape",
+    )
+    parser.add_argument(
+        "--weight-decay",
+        type=float,
+        metavar="λ",
+        help="that the model was trained with; default: that of a run made here, else the bound is "
+        "estimated from the rows that stand there",
+    )
+
+
+def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=run_inspect)
+    _checkpoint_arguments(parser)
+    parser.add_argument(
+        "--tokenizer",
+        metavar="NAME|FILE",
+        help="to show the tokens' text: a tiktoken encoding or file, or tokenizer.json; default: "
+        "tokenizer.json of the checkpoint's folder, or a run's own vocabulary",
+    )
+    parser.add_argument(
+        "--rows", type=int, default=10, metavar="N", help="worst rows to show (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/inspect"), metavar="DIR", help="default: %(default)s"
+    )
+
+
+def _repair_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=run_repair)
+    _checkpoint_arguments(parser)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="NEW",
+        help="file or folder to write, like CHECKPOINT; never overwritten",
+    )
+
+
 def _corpus_arguments(parser: argparse.ArgumentParser) -> None:
     from minisign.corpus import DEFAULT as default
 
@@ -363,6 +434,38 @@ def run_probe(args: argparse.Namespace) -> int:
     files = write_examination(args.out, found, subject, f"{args.model}: {subject.name}")
     _print_examination(found)
     print(f"\n{' and '.join(file.name for file in files)} are in {args.out}")
+    return 0
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    from minisign.files import prepare_out
+    from minisign.inspection import as_json, inspect_checkpoint, token_texts_of, write_inspection
+
+    if args.rows < 0:
+        raise ValueError(f"--rows must be 0 or more, got {args.rows}")
+    text = token_texts_of(args.checkpoint, args.tokenizer)
+    prepare_out(args.out)
+    found = [m for _, m in inspect_checkpoint(args.checkpoint, args.tensor, args.weight_decay)]
+    content = [as_json(m, args.rows, text) for m in found]
+    files = write_inspection(args.out, found, content, str(args.checkpoint))
+    _print_inspection(content)
+    print(f"\n{' and '.join(file.name for file in files)} are in {args.out}")
+    return int(any(m.saturated for m in found))
+
+
+def run_repair(args: argparse.Namespace) -> int:
+    from minisign.inspection import inspect_checkpoint
+    from minisign.repair import repair
+
+    found = inspect_checkpoint(args.checkpoint, args.tensor, args.weight_decay)
+    bad = [(stored, m) for stored, m in found if m.saturated]
+    if not bad:
+        print(f"healthy: no rows stand at a bound in {args.checkpoint}; nothing was written")
+        return 0
+    repair(args.checkpoint, args.out, bad)
+    for _, m in bad:
+        print(f"{m.name}: {_count(int(m.rows.sum()), 'row')} scaled to an RMS of {m.typical:.3g}")
+    print(f"repaired copy in {args.out}")
     return 0
 
 
@@ -553,12 +656,52 @@ def _print_examination(found: dict[str, Any]) -> None:
     )
 
 
+def _print_inspection(content: Sequence[dict[str, Any]]) -> None:
+    for m in content:
+        print(m["verdict"])
+        if m["note"]:
+            print(f"note: {m['note']}")
+    print()
+    matrices = _table(
+        "Matrices", "tensor", "rows", "columns", "type", "smallest", "largest", "bound", "near", "at bound"
+    )
+    for m in content:
+        bound = "" if m["bound"] is None else f"{'' if m['bound_is'] == '1/λ' else '≈ '}{m['bound']:.4g}"
+        matrices.add_row(
+            m["tensor"],
+            *(f"{n:,}" for n in m["shape"]),
+            m["dtype"],
+            f"{m['smallest']:.4g}",
+            f"{m['largest']:.4g}",
+            bound,
+            _percent(m["near"]) if bound else "",
+            f"{m['rows_at_bound']:,}",
+        )
+    _print_whole(matrices)
+    for m in content:
+        if m["saturated"] and m["worst_rows"]:
+            print(f"Worst rows of {m['tensor']}")
+            rows = _table("", "token id", "near", "RMS", "text")
+            for row in m["worst_rows"]:
+                shown = "" if row["text"] is None else repr(row["text"])
+                rows.add_row(f"{row['id']}", _percent(row["near"]), f"{row['rms']:.4g}", shown)
+            _print_whole(rows)
+    print(
+        "bound: 1/λ, or ≈ estimated from the rows that stand there; near: share of the components beyond "
+        "0.8 of it;\nat bound: rows with more than a tenth of theirs there."
+    )
+
+
 def _table(title: str, first: str, *columns: str) -> Any:
     from rich import box
     from rich.table import Table
 
     table = Table(
-        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title, title_justify="left", title_style="bold"
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        title=title or None,
+        title_justify="left",
+        title_style="bold",
     )
     table.add_column(first, no_wrap=True)
     for name in columns:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +23,51 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         partial.unlink(missing_ok=True)
 
 
+def write_new(path: Path, write: Callable[[Path], object]) -> None:
+    """The same for a file or a folder that must not be there yet.
+
+    Raises:
+        ValueError: it is there.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    if path.exists() or path.is_symlink():
+        raise ValueError(f"{path} is there already, and is not overwritten")
+    _remove(partial)  # of one that was killed
+    try:
+        write(partial)
+        partial.rename(path)
+    finally:
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: missing, unreadable, or no JSON object, with the file's name.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no {path.name} in {path.parent}")
+    try:
+        fields = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} holds no object but {type(fields).__name__}")
+    return fields
 
 
 def read_checkpoint(path: Path, format: str) -> dict[str, Any]:
@@ -56,3 +100,8 @@ def prepare_out(out: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise ValueError(f"cannot write to {out}: {error.strerror}") from None
+
+
+def one_line(error: BaseException) -> str:
+    """An error in one line."""
+    return " ".join(str(error).split()) or type(error).__name__

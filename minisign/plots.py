@@ -460,3 +460,42 @@ def examination(
         ax.xaxis.label.set_fontsize(8)
     figure.suptitle(title, fontsize=10)
     return figure
+
+
+def inspections(found: Sequence[Any], title: str) -> Figure:
+    """What ``minisign inspect`` found: for each matrix its components, and the RMS of its rows by token id.
+
+    Args:
+        found: at most six :class:`~minisign.inspection.Inspection`.
+        title: what was inspected.
+    """
+    figure = Figure(figsize=(11, 0.6 + 2.9 * len(found)), layout="constrained")
+    for (left, right), one in zip(figure.subplots(len(found), 2, squeeze=False), found, strict=True):
+        edges = np.linspace(-one.reach, one.reach, len(one.counts) + 1)
+        left.stairs(one.counts, edges, color=BLUE, label="all rows")
+        if one.saturated:
+            left.stairs(one.counts_at_bound, edges, color=RED, linestyle="--", label="rows at the bound")
+        if one.bound is not None:
+            how = "1/λ" if one.bound_is == "1/λ" else "the spike"
+            for sign in (-1, 1):
+                label = f"±{one.bound:.4g}, {how}" if sign > 0 else None
+                left.axvline(sign * one.bound, color=BLACK, linestyle=":", linewidth=1, label=label)
+        left.set(yscale="log", ylim=(0.7, None), xlabel="component", ylabel="how many")
+        left.legend(fontsize=7, loc="lower center")
+        ids = np.arange(len(one.row_rms))
+        for rows, color, marker, label in (
+            (~one.rows, BLUE, ".", "healthy"),
+            (one.rows, RED, "x", "at the bound"),
+        ):
+            if rows.any():
+                size = float(np.clip(3e4 / len(ids), 1, 6))
+                right.plot(ids[rows], one.row_rms[rows], marker, color=color, markersize=size, label=label)
+                right.lines[-1].set_rasterized(True)
+        if (one.row_rms > 0).any():
+            right.set(yscale="log")
+        right.set(xlabel="row (token id)", ylabel="RMS of the row")
+        right.legend(fontsize=7)
+        left.set_title(f"{one.name} [{one.shape[0]:,} × {one.shape[1]:,}]", fontsize=9)
+        right.set_title("saturated" if one.saturated else "healthy", fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    return figure

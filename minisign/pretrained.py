@@ -6,7 +6,6 @@ shards), which need the extra ``hf``, and this package's own runs. Nothing is do
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,11 +20,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from minisign.files import one_line, read_json
 from minisign.gpt import GPT
-from minisign.train import CONFIG, MODEL, Config, load_tokens
+from minisign.train import CONFIG, Config, load_tokens
+from minisign.weights import weight_files
 
 ARCHITECTURES = ("gpt2", "roberta")
-INDEX = "model.safetensors.index.json"
 MASKED = 0.15  # of the tokens, as RoBERTa was trained
 IGNORED = -100  # a target that is not to be predicted
 
@@ -140,7 +140,7 @@ def load_subject(path: Path, tokenizer: Path | None = None) -> Subject:
         if given is not None and not given.exists():
             raise ValueError(f"there is no {given}")
     folder = path if path.is_dir() else path.parent
-    config = _read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     if {"corpus", "optimizer"} <= config.keys():
         return _own(path, config)
     architecture = config.get("model_type")
@@ -165,7 +165,7 @@ def _own(path: Path, fields: dict[str, Any]) -> Subject:
         if set(missing) - {"head.weight", "embedding.weight"} or len(missing) > (config.tie != "none"):
             raise ValueError(f"it has no {missing[0]}")
     except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} does not fit its configuration: {_reason(error)}") from None
+        raise ValueError(f"{path} does not fit its configuration: {one_line(error)}") from None
     return Subject(
         f"minisign's GPT, {config.layers} layers, {config.norm}-norm",
         model,
@@ -195,7 +195,7 @@ def _hugging_face(path: Path, folder: Path, architecture: str, tokenizer: Path) 
     weights = _weights(path)
     try:
         with _quiet(transformers):
-            config = transformers.AutoConfig.for_model(**_read_json(folder / CONFIG))
+            config = transformers.AutoConfig.for_model(**read_json(folder / CONFIG))
             model, report = classes[architecture].from_pretrained(
                 None,
                 config=config,
@@ -206,7 +206,7 @@ def _hugging_face(path: Path, folder: Path, architecture: str, tokenizer: Path) 
             )
     except Exception as error:  # what a bad config raises depends on which field is bad
         raise ValueError(
-            f"{folder / CONFIG} is not one that transformers takes: {_reason(error)}"
+            f"{folder / CONFIG} is not one that transformers takes: {one_line(error)}"
         ) from None
     for name, found, expected in sorted(report["mismatched_keys"]):
         raise ValueError(
@@ -234,7 +234,7 @@ def _hugging_face(path: Path, folder: Path, architecture: str, tokenizer: Path) 
         else:
             reader = None
     except Exception as error:  # tokenizers raises nothing narrower
-        raise ValueError(f"{json_file} is not a tokenizer: {_reason(error)}") from None
+        raise ValueError(f"{json_file} is not a tokenizer: {one_line(error)}") from None
     if reader is None:
         raise ValueError(
             f"{tokenizer} has no tokenizer.json, nor vocab.json and merges.txt: give one with --tokenizer"
@@ -263,36 +263,13 @@ def _hugging_face(path: Path, folder: Path, architecture: str, tokenizer: Path) 
 
 def _weights(path: Path) -> dict[str, Tensor]:
     """All tensors of a file, of a folder's ``model.safetensors``, or of its shards, in float32."""
-    if path.is_file():
-        files = [path]
-    elif (path / INDEX).is_file():
-        shards = _read_json(path / INDEX).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-            raise ValueError(f"{path / INDEX} has no weight_map from tensors to files")
-        files = [path / name for name in sorted(set(shards.values()))]
-    else:
-        files = [path / MODEL]
     tensors: dict[str, Tensor] = {}
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"there is no {file.name} in {file.parent} (only safetensors are read)")
+    for file in [path] if path.is_file() else weight_files(path, (".safetensors",)):
         try:
             tensors |= load_file(file)
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is damaged or not a safetensors file: {_reason(error)}") from None
+            raise ValueError(f"{file} is damaged or not a safetensors file: {one_line(error)}") from None
     return {name: x.float() if x.is_floating_point() else x for name, x in tensors.items()}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"there is no {path.name} in {path.parent}")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} holds no object but {type(fields).__name__}")
-    return fields
 
 
 @contextmanager
@@ -308,8 +285,3 @@ def _quiet(transformers: Any) -> Iterator[None]:
         logs.set_verbosity(level)
         if bars:
             logs.enable_progress_bar()
-
-
-def _reason(error: Exception) -> str:
-    """An error in one line."""
-    return " ".join(str(error).split()) or type(error).__name__

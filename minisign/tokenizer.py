@@ -6,13 +6,15 @@ import base64
 import gzip
 import hashlib
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import rustbpe
 import tiktoken
+
+from minisign.files import one_line
 
 SMALLEST_VOCABULARY = 256  # every byte is a token
 
@@ -65,6 +67,72 @@ def vocabulary_lines(encoding: tiktoken.Encoding) -> str:
     """The vocabulary in tiktoken's file format: a token in base 64 and its rank on each line."""
     tokens = ((encoding.decode_single_token_bytes(i), i) for i in range(encoding.n_vocab))
     return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in tokens)
+
+
+def token_texts(tokenizer: str) -> Callable[[int], str | None]:
+    """A function that says how the token of an id is written; None for ids that the tokenizer does not
+    know.
+
+    Args:
+        tokenizer: a ``tokenizer.json`` or a folder with one (read with the extra ``hf``), a file in
+            tiktoken's format (a token in base 64 and its rank on each line), or the name of an encoding of
+            tiktoken's, which fetches it unless it has it already.
+
+    Raises:
+        ValueError: nothing of that name, or a damaged file.
+    """
+    path = Path(tokenizer)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if path.suffix == ".json":
+        return _texts_of_json(path)
+    if path.is_file():
+        known = _read_vocabulary(path)
+        return lambda i: known[i].decode(errors="replace") if i in known else None
+    if tokenizer not in tiktoken.list_encoding_names():
+        raise ValueError(
+            f"there is no file {tokenizer}, nor an encoding of that name in tiktoken "
+            f"({', '.join(tiktoken.list_encoding_names())})"
+        )
+    try:
+        encoding = tiktoken.get_encoding(tokenizer)
+    except Exception as error:  # whatever the download raises
+        raise ValueError(f"tiktoken cannot get {tokenizer}: {one_line(error)}") from None
+    return lambda i: encoding.decode([i]) if 0 <= i < encoding.n_vocab else None
+
+
+def _texts_of_json(path: Path) -> Callable[[int], str | None]:
+    if not path.is_file():
+        raise ValueError(f"there is no {path.name} in {path.parent}")
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise ValueError(f"{path} is read with tokenizers: pip install 'minisign[hf]'") from None
+    try:
+        reader = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(f"{path} is not a tokenizer: {one_line(error)}") from None
+
+    def text(i: int) -> str | None:
+        return reader.decode([i], skip_special_tokens=False) or reader.id_to_token(i)
+
+    return text
+
+
+def _read_vocabulary(path: Path) -> dict[int, bytes]:
+    known = {}
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            token, rank = line.split()
+            known[int(rank)] = base64.b64decode(token, validate=True)
+        except ValueError:
+            raise ValueError(
+                f"{path} is not in tiktoken's format: line {number} is not a token in base 64 and its rank"
+            ) from None
+    return known
 
 
 @dataclass(frozen=True)
