@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from minisign.files import one_line
 from minisign.kernels.rule import Unavailable
 
 if TYPE_CHECKING:
+    import torch
+
+    from minisign.parallel import World
     from minisign.train import Config, Run
 
 DESCRIPTION = """\
@@ -63,8 +68,9 @@ def build_parser() -> Parser:
         commands.add_parser(
             "train",
             help="one run with any optimizer; leaves weights and a checkpoint to go on from",
-            description="Trains one model. Leaves model.safetensors, config.json and checkpoint.pt in "
-            "--out. Ctrl-C stops between two steps and saves.",
+            description="Trains one model. Leaves model.safetensors, config.json and the last two "
+            "checkpoints in --out. Ctrl-C stops between two steps and saves. On several processes: "
+            "torchrun --nproc-per-node N -m minisign train --parallel ddp …",
         )
     )
     _probe_arguments(
@@ -201,6 +207,11 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(option, dest=field, metavar=metavar, help=text, **more)
     for option, (field, text) in _TRAIN_SWITCHES.items():
         parser.add_argument(option, dest=field, action="store_true", default=None, help=text)
+    parser.add_argument(
+        "--parallel",
+        metavar="ddp|fsdp",
+        help="several processes, started by torchrun: each has the whole model, or its rows of each tensor",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to save; required without --resume")
     parser.add_argument("--resume", type=Path, metavar="DIR", help="go on from the checkpoint in DIR")
     parser.add_argument(
@@ -372,28 +383,40 @@ def run_reproduce(args: argparse.Namespace) -> int:
 
 
 def run_train(args: argparse.Namespace) -> int:
-    from minisign.files import prepare_out
-    from minisign.train import Config, Run, load_tokens, pick_device, train, validation_loss
+    from minisign.parallel import joined
 
     if args.out is None and args.resume is None:
         raise ValueError("train needs --out DIR, or --resume DIR to go on from")
     if args.save_every is not None and args.save_every < 1:
         raise ValueError(f"--save-every must be 1 or more, got {args.save_every}")
-    device = pick_device(args.device)
+    with joined(args.parallel, args.device) as (world, device):
+        try:
+            return _train(args, world, device)
+        except RuntimeError as error:
+            if world.engine is None:
+                raise
+            kept = f"go on with --resume {args.out or args.resume}"
+            raise ConnectionError(f"process {world.rank} lost the others ({error}): {kept}") from None
+
+
+def _train(args: argparse.Namespace, world: World, device: torch.device) -> int:
+    from minisign.files import prepare_out
+    from minisign.train import Config, Run, load_tokens, train, validation_loss
+
     given = _given_fields(args)
     if args.resume is not None:
-        run = Run.resume(args.resume, device, given.get("steps"))
+        run = Run.resume(args.resume, device, given.get("steps"), world)
         _refuse_changes(run.config, given)
         if run.step == run.config.steps:
             raise ValueError(f"{args.resume} is at step {run.step}, its last: give more --steps to go on")
     else:
         config = Config(**given)
-        run = Run(config, load_tokens(config), device)
+        run = Run(config, load_tokens(config), device, world)
     out = args.out or args.resume
     prepare_out(out)
 
     stopping = _stop_on_interrupt()
-    bar = _bar("train", run.config.steps, run.step)
+    bar = _bar("train", run.config.steps, run.step, is_shown=world.rank == 0)
 
     def after(run: Run) -> None:
         _advance(bar, run, loss=f"{run.losses[-1]:.3f}")
@@ -403,13 +426,18 @@ def run_train(args: argparse.Namespace) -> int:
     train(run, after, every=math.gcd(10, args.save_every or 10), stop=lambda: bool(stopping))
     bar.close()
     run.save(out)
-    if stopping:
-        print(f"interrupted at step {run.step}: go on with minisign train --resume {out}", file=sys.stderr)
+    if run.step < run.config.steps:
+        if world.rank == 0:
+            print(
+                f"interrupted at step {run.step}: go on with minisign train --resume {out}", file=sys.stderr
+            )
         return 130
-    print(
-        f"step {run.step}: training loss {run.train_loss:.3f}, validation loss {validation_loss(run):.3f} "
-        f"nats per token, {run.seconds:.0f} s; saved in {out}"
-    )
+    validation = validation_loss(run)
+    if world.rank == 0:
+        print(
+            f"step {run.step}: training loss {run.train_loss:.3f}, validation loss {validation:.3f} "
+            f"nats per token, {run.seconds:.0f} s; saved in {out}"
+        )
     return 0
 
 
@@ -528,13 +556,19 @@ def _stop_on_interrupt() -> list[int]:
     return seen
 
 
-def _bar(name: str, total: int, done: int = 0) -> Any:
+def _bar(name: str, total: int, done: int = 0, is_shown: bool = True) -> Any:
     from tqdm import tqdm
 
     # In a log file, a line every half minute is enough.
     pause = 0.1 if sys.stderr.isatty() else 30.0
     return tqdm(
-        total=total, initial=done, desc=f"{name:9}", unit="step", dynamic_ncols=True, mininterval=pause
+        total=total,
+        initial=done,
+        desc=f"{name:9}",
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=pause,
+        disable=not is_shown,
     )
 
 
@@ -735,7 +769,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.run(args)
         return code
     except (ValueError, TypeError, OSError, FloatingPointError, Unavailable) as error:
-        print(f"{command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        # What is wrong with the arguments, every process of torchrun finds out; the first one says it.
+        if os.environ.get("RANK", "0") == "0" or not isinstance(error, (ValueError, TypeError)):
+            print(f"{command}: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from minisign.parallel import mean_over_processes
+
 NORMS = ("pre", "post")
 TIES = ("none", "tied", "half_swap")
 HEADS = ("plain", "bias", "centered")
@@ -131,7 +133,8 @@ class Block(nn.Module):
 
 
 class Center(nn.Module):
-    """x minus its mean over the batch's tokens; out of training, minus the running mean of those means."""
+    """x minus its mean over the batch's tokens, on all processes; out of training, minus the running mean
+    of those means."""
 
     mean: Tensor
 
@@ -142,7 +145,7 @@ class Center(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [B, T, D] → [B, T, D]
         if not self.training:
             return x - self.mean
-        mean = x.flatten(0, -2).mean(0)
+        mean = mean_over_processes(x.flatten(0, -2))
         self.mean.lerp_(mean.detach(), 0.1)
         return x - mean
 

@@ -8,6 +8,8 @@ A parameter's gradient takes one of four roads to its update:
                    sees only those, and they are written back; every other row keeps its bits
     fused          all tensors of a group in one pass, by the kernels of minisign.kernels (fused.py)
 
+Of a parameter that several processes hold in pieces (shards.py) each sees its own rows.
+
 Arithmetic is float32 or float64: what is narrower is widened first, and rounded once at the end.
 
 An optimizer adds its mathematics as a pure function on (parameter, gradient, buffers); this file
@@ -25,7 +27,8 @@ from torch import Tensor
 
 from minisign.kernels.rule import Rule
 from minisign.optim.rounding import noise_of, places, round_at_random
-from minisign.optim.rows import take_rows
+from minisign.optim.rows import take_rows, unite_rows
+from minisign.optim.shards import check_rows, local
 
 Group: TypeAlias = dict[str, Any]
 Params: TypeAlias = Iterable[Any]
@@ -172,6 +175,10 @@ class RowOptimizer(ExactOptimizer):
             return loss
         with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
             for group in self.param_groups:
+                if group["lazy"] == "ids":
+                    for p in group["params"]:
+                        if p.grad is not None:
+                            unite_rows(p)
                 self._step_group(group)
         return loss
 
@@ -216,7 +223,7 @@ class RowOptimizer(ExactOptimizer):
             if "step" in state:
                 state["step"] += 1
             hyper = self._own_hyper(p, state, group, shared)
-            buffers = [state[name] for name in self.buffers]
+            buffers = [local(state[name]) for name in self.buffers]
             if group["lazy"] or g.layout != torch.strided:
                 rows, g = self._touched_rows(p, g, group)
                 self._update_rows(p, g, buffers, rows, hyper, group)
@@ -228,7 +235,7 @@ class RowOptimizer(ExactOptimizer):
         else:
             for p, g, buffers, hyper in dense:
                 if p.dtype in WIDE and p.dtype == g.dtype == buffers[0].dtype:
-                    self.update(p, g, *buffers, **hyper)
+                    self.update(local(p), g, *buffers, **hyper)
                 else:
                     self._update_narrow([p], [g], [[b] for b in buffers], [hyper], group)
 
@@ -244,7 +251,7 @@ class RowOptimizer(ExactOptimizer):
             ps, gs, rest, hypers = (list(column) for column in zip(*kind, strict=True))
             buffers = [list(b) for b in zip(*rest, strict=True)]
             if set(dtypes) <= WIDE and len(set(dtypes)) == 1:
-                self._update_foreach(ps, gs, buffers, hypers)
+                self._update_foreach([local(p) for p in ps], gs, buffers, hypers)
             else:
                 self._update_narrow(ps, gs, buffers, hypers, group, foreach=True)
 
@@ -259,19 +266,21 @@ class RowOptimizer(ExactOptimizer):
     ) -> None:
         """The update of tensors that are not all float32 or all float64: widened, and rounded once."""
         wide = _wide(ps[0], gs[0], *(b[0] for b in buffers))
-        wide_ps, wide_gs, *wide_buffers = ([x.to(wide) for x in column] for column in (ps, gs, *buffers))
+        wide_ps, wide_gs, *wide_buffers = (
+            [local(x).to(wide) for x in column] for column in (ps, gs, *buffers)
+        )
         if foreach:
             self._update_foreach(wide_ps, wide_gs, wide_buffers, hypers)
         else:
             self.update(wide_ps[0], wide_gs[0], *(b[0] for b in wide_buffers), **hypers[0])
         for p, wide_p in zip(ps, wide_ps, strict=True):
-            p.copy_(self._rounded(p, wide_p, group))
+            local(p).copy_(self._rounded(p, wide_p, group))
         for column, wide_column in zip(buffers, wide_buffers, strict=True):
             for b, wide_b in zip(column, wide_column, strict=True):
                 b.copy_(wide_b)
 
     def _rounded(self, p: Tensor, wide: Tensor, group: Group, rows: Tensor | None = None) -> Tensor:
-        """New values of ``p``, or of its ``rows``, as ``p`` can hold them."""
+        """New values of ``p``, or of its ``rows`` on this process, as ``p`` can hold them."""
         if not (group["stochastic_rounding"] and p.dtype == torch.bfloat16):
             return wide.to(p.dtype)
         index = places(p) if rows is None else places(p)[rows]
@@ -287,13 +296,13 @@ class RowOptimizer(ExactOptimizer):
         hyper: Group,
         group: Group,
     ) -> None:
-        wide = _wide(p, g, *buffers)
-        p_rows, rows_of_buffers = p[rows].to(wide), [b[rows].to(wide) for b in buffers]
+        wide, mine = _wide(p, g, *buffers), local(p)
+        p_rows, rows_of_buffers = mine[rows].to(wide), [b[rows].to(wide) for b in buffers]
         self.update(p_rows, g.to(wide), *rows_of_buffers, **hyper)
         if group["lazy_momentum"] == "decay":
             for b, rate in zip(buffers, self._decay_rates(group), strict=True):
                 b.mul_(rate)
-        p.index_copy_(0, rows, self._rounded(p, p_rows, group, rows))
+        mine.index_copy_(0, rows, self._rounded(p, p_rows, group, rows))
         for b, b_rows in zip(buffers, rows_of_buffers, strict=True):
             b.index_copy_(0, rows, b_rows.to(b.dtype))
 
@@ -320,12 +329,14 @@ class RowOptimizer(ExactOptimizer):
         return g.indices()[0], g.values()
 
     def _gradient(self, p: Tensor, group: Group) -> Tensor | None:
-        """What to descend along; None leaves the parameter alone."""
+        """What to descend along, on this process's rows; None leaves the parameter alone."""
         g = self._raw_gradient(p, group)
-        grad_scale = self._scaling()[0]
-        if g is not None and grad_scale is not None:
+        if g is None:
+            return None
+        g, grad_scale = local(g), self._scaling()[0]
+        if grad_scale is not None:
             g = g * (1 / grad_scale.to(g.device))
-        return g if g is None or not group["maximize"] else -g
+        return -g if group["maximize"] else g
 
     def _raw_gradient(self, p: Tensor, group: Group) -> Tensor | None:
         """The gradient as autograd left it."""
@@ -414,6 +425,7 @@ class RowOptimizer(ExactOptimizer):
                     f"lazy={group['lazy']!r} needs parameters with rows (two or more dimensions), "
                     f"got {name} of shape {tuple(p.shape)}"
                 )
+            check_rows(name, p)
             if group["stochastic_rounding"] and p.dtype == torch.float16:
                 raise ValueError(
                     f"stochastic_rounding=True is for bfloat16 parameters, got {name} of shape "

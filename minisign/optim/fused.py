@@ -31,6 +31,7 @@ from minisign.kernels.rule import (
 )
 from minisign.optim.rounding import noise_of
 from minisign.optim.rows import forget_rows, recorded_rows
+from minisign.optim.shards import is_sharded, local
 
 if TYPE_CHECKING:
     from minisign.optim.base import Group, RowOptimizer
@@ -56,7 +57,7 @@ def step(optimizer: RowOptimizer, group: Group, cache: dict[Any, Any]) -> list[T
     if fresh:
         plan = cache["plan"] = _plan(optimizer, group, rule)
     assert plan is not None
-    for number, (own, launch) in enumerate(plan.launches):
+    for number, ((own, launch), members) in enumerate(zip(plan.launches, plan.members, strict=True)):
         name = kernels.backend(group["fused"], launch.device)
         kernels.step(
             name, rule if own is None else own, launch, cache.setdefault(number, {}), grad_scale, found_inf
@@ -64,8 +65,8 @@ def step(optimizer: RowOptimizer, group: Group, cache: dict[Any, Any]) -> list[T
         if fresh:
             launch.forget_gradients()
         if launch.which == MASK:
-            for item in launch.items:
-                forget_rows(item.p, unless=found_inf)
+            for i in members:
+                forget_rows(plan.params[i], unless=found_inf)
     if plan.left and found_inf is not None and found_inf.item():
         return []
     return plan.left
@@ -95,6 +96,7 @@ class Plan:
     members: list[list[int]]  # for each launch, which of the group's parameters
     left: list[Tensor]
     params: list[Tensor]
+    sharded: bool
     reusable: bool
     made_for: tuple[Any, ...]
     state: list[Any]
@@ -114,10 +116,12 @@ class Plan:
         for (_, launch), members in zip(self.launches, self.members, strict=True):
             dtype = launch.types[1]
             gs = [params[i].grad for i in members]
+            if self.sharded:
+                gs = [g if g is None else local(g) for g in gs]
             for g in gs:
                 if g is None or g.dtype is not dtype or g.is_sparse or not g.is_contiguous():
                     return False
-            launch.set_gradients([g.data_ptr() for g in gs])
+            launch.set_gradients([g.data_ptr() for g in gs if g is not None])
         return True
 
 
@@ -130,10 +134,10 @@ def _addresses(optimizer: RowOptimizer, group: Group) -> list[int]:
     """Where parameters, what belongs to them, and their records of rows lie."""
     params = group["params"]
     states = [optimizer.state[p] for p in params]
-    found = [p.data_ptr() for p in params]
+    found = [local(p).data_ptr() for p in params]
     for name in (*optimizer.buffers, "step"):
         if name in states[0]:
-            found += [s[name].data_ptr() for s in states]
+            found += [local(s[name]).data_ptr() for s in states]
     if group["lazy"] == "ids":
         found += [recorded_rows(p).data_ptr() for p in params]
     return found
@@ -145,9 +149,10 @@ def _plan(optimizer: RowOptimizer, group: Group, rule: Rule) -> Plan:
     rules: dict[Rule | None, list[Item]] = {}
     # Micro-batches: what is left of a momentum is a tensor's own.
     reusable = group.get("accumulate", 1) == 1
-    for p in params:
+    index: dict[int, int] = {}
+    for i, p in enumerate(params):
         g = optimizer._raw_gradient(p, group)
-        item = None if g is None else _item(optimizer, p, g, group, rule)
+        item = None if g is None else _item(optimizer, p, local(g), group, rule)
         if g is None:
             _refuse_capture_without(p)
         elif item is None:
@@ -155,14 +160,16 @@ def _plan(optimizer: RowOptimizer, group: Group, rule: Rule) -> Plan:
         else:
             own = optimizer._own_rule(p, optimizer.state[p], group, rule)
             rules.setdefault(None if own is rule else own, []).append(item)
+            index[id(item.p)] = i
+            reusable &= own is rule
         reusable &= item is not None and p.is_contiguous() and item.which not in (LIST, LIST_BY_GRADIENT)
     found = [(own, launch) for own, items in rules.items() for launch in launches(items)]
-    index = {id(p): i for i, p in enumerate(params)}
     return Plan(
         launches=found,
         members=[[index[id(item.p)] for item in launch.items] for _, launch in found],
         left=left,
         params=params,
+        sharded=any(map(is_sharded, params)),
         reusable=reusable and bool(params),
         made_for=_made_for(group, rule),
         state=list(optimizer.state.values()),
@@ -187,11 +194,12 @@ def _item(optimizer: RowOptimizer, p: Tensor, g: Tensor, group: Group, rule: Rul
     elif rule.scale == ROW_RMS and rule.move and p.dim() >= 2:
         which = ALL
     state = optimizer._init_state(p, group)
-    buffers = [state[name] for name in optimizer.buffers]
-    if not kernels.takes(p, g, buffers, by_rows=which is not None):
-        return None
+    buffers = [local(state[name]) for name in optimizer.buffers]
+    mine = local(p)
+    if not kernels.takes(mine, g, buffers, by_rows=which is not None) or (mine is not p and rule.rounded):
+        return None  # a kernel's noise follows from the place in what it is given
     return Item(
-        p,
+        mine,
         g,
         buffers,
         state.get("step"),

@@ -11,8 +11,12 @@ the kernels draw the same numbers as this file.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from minisign.optim.shards import first_row, is_sharded, local
 
 ALL_BITS = 0xFFFFFFFF
 
@@ -46,7 +50,10 @@ def round_at_random(x: Tensor, index: Tensor, noise: int, step: int) -> Tensor:
 
 
 def places(p: Tensor) -> Tensor:
-    """The place of each entry of ``p`` in memory order, or in reading order where p has holes."""
+    """The place of each entry of ``p`` in memory order, or in reading order where p has holes; of a sharded
+    one, that of this process's entries in the whole."""
+    if is_sharded(p):
+        return places(local(p)) + first_row(p) * math.prod(p.shape[1:])
     order = torch.arange(p.numel(), device=p.device)
     if not p.is_contiguous() and torch.ops.aten.is_non_overlapping_and_dense(p):
         return order.as_strided(p.shape, p.stride())

@@ -2,44 +2,65 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-# weight → mask [V]: rows looked up since the optimizer's last step. Weak, so that a model that is
-# gone leaves nothing behind; here and not on the parameter, so that copies and checkpoints of a model
-# carry no bookkeeping.
+from minisign.optim.shards import first_row, groups_of, is_sharded, local
+
+
+@dataclass
+class _Record:
+    mask: Tensor  # [V]: rows looked up since the optimizer's last step, on this process
+    groups: list[Any]  # process groups over which it is united before a step
+
+
+# Weak, so that a model that is gone leaves nothing behind; here and not on the parameter, so that copies
+# and checkpoints of a model carry no bookkeeping.
 _LOOKED_UP = WeakTensorKeyDictionary()
+# Within a forward pass a sharded module has a whole weight, which is not the optimizer's parameter.
+_SHARDED: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 
 
 class TrackedRows:
     """Handle of :func:`track_rows`; :meth:`remove` ends the recording."""
 
-    def __init__(self, embeddings: list[nn.Embedding | nn.EmbeddingBag]) -> None:
-        self._embeddings = embeddings
+    def __init__(self, embeddings: list[nn.Embedding | nn.EmbeddingBag], process_group: Any) -> None:
+        self._weights = [e.weight for e in embeddings]
         self._hooks = [e.register_forward_hook(_record) for e in embeddings]
         for e in embeddings:
-            _mask(e.weight)
+            record = _record_of(e.weight)
+            if is_sharded(e.weight):
+                _SHARDED[e] = e.weight
+                record.groups = groups_of(e.weight)
+            elif process_group is not None:
+                record.groups = [process_group]
 
     def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        for e in self._embeddings:
-            _LOOKED_UP.pop(e.weight, None)
+        for weight in self._weights:
+            _LOOKED_UP.pop(weight, None)
 
 
-def track_rows(module: nn.Module) -> TrackedRows:
+def track_rows(module: nn.Module, process_group: Any = None) -> TrackedRows:
     """Records which rows of an embedding the forward passes look up, for optimizers with ``lazy="ids"``.
 
     Rows add up over all forward passes that will be differentiated (so evaluation under
     ``torch.no_grad()`` records nothing) until an optimizer steps on the weight. The row of
     ``padding_idx`` never gets a gradient and is never recorded.
 
+    Where several processes train one model, a row counts that one of them looked up. That is known of a
+    ``DistributedDataParallel`` given as the module, and of what ``fully_shard`` has sharded before.
+
     Args:
         module: an ``nn.Embedding`` or ``nn.EmbeddingBag``, or a module that contains some: all are
             tracked.
+        process_group: of processes that average their gradients otherwise.
 
     Raises:
         TypeError: ``module`` is not a module, or holds no embedding.
@@ -49,20 +70,22 @@ def track_rows(module: nn.Module) -> TrackedRows:
     embeddings = [m for m in module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
     if not embeddings:
         raise TypeError(f"track_rows found no nn.Embedding in {type(module).__name__}")
-    return TrackedRows(embeddings)
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        process_group = process_group or module.process_group
+    return TrackedRows(embeddings, process_group)
 
 
 def take_rows(weight: Tensor) -> Tensor:
-    """Indices [U] of the rows of ``weight`` recorded since the last call, which it forgets."""
-    mask = recorded_rows(weight)
-    rows: Tensor = mask.nonzero().squeeze(1)
-    mask.zero_()
+    """Indices [U] of the rows of ``weight`` recorded since the last call, which it forgets; of the rows of
+    this process, where they are shared out."""
+    rows: Tensor = recorded_rows(weight).nonzero().squeeze(1)
+    _tracked(weight).mask.zero_()
     return rows
 
 
 def forget_rows(weight: Tensor, unless: Tensor | None = None) -> None:
     """Ends the record of ``weight``; not where ``unless`` [1] is not 0 (a step that was not made)."""
-    mask = recorded_rows(weight)
+    mask = _tracked(weight).mask
     if unless is None:
         mask.zero_()
     else:
@@ -70,28 +93,43 @@ def forget_rows(weight: Tensor, unless: Tensor | None = None) -> None:
 
 
 def recorded_rows(weight: Tensor) -> Tensor:
-    """Mask [V] of the rows of ``weight`` recorded since a step, itself, not a copy."""
-    mask: Tensor | None = _LOOKED_UP.get(weight)
-    if mask is None:
+    """Mask [V] of the rows of ``weight`` recorded since a step, itself, not a copy; of a sharded one, its
+    part for this process's rows."""
+    start = first_row(weight)
+    return _tracked(weight).mask[start : start + len(local(weight))]
+
+
+def unite_rows(weight: Tensor) -> None:
+    """Counts what other processes have recorded as well."""
+    record = _tracked(weight)
+    for group in record.groups:
+        torch.distributed.all_reduce(
+            record.mask.view(torch.uint8), torch.distributed.ReduceOp.MAX, group=group
+        )
+
+
+def _tracked(weight: Tensor) -> _Record:
+    record: _Record | None = _LOOKED_UP.get(weight)
+    if record is None:
         raise RuntimeError(
             f"lazy='ids' needs recorded rows, but nothing tracks the parameter of shape "
             f"{tuple(weight.shape)}: call minisign.track_rows(embedding) before training"
         )
-    return mask
+    return record
 
 
-def _mask(weight: Tensor) -> Tensor:
-    mask = _LOOKED_UP.get(weight)
-    if mask is None or mask.device != weight.device or len(mask) != len(weight):
+def _record_of(weight: Tensor) -> _Record:
+    record: _Record | None = _LOOKED_UP.get(weight)
+    if record is None or record.mask.device != weight.device or len(record.mask) != len(weight):
         mask = torch.zeros(len(weight), dtype=torch.bool, device=weight.device)
-        _LOOKED_UP[weight] = mask
-    return mask
+        record = _LOOKED_UP[weight] = _Record(mask, [] if record is None else record.groups)
+    return record
 
 
 def _record(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
     if not output.requires_grad:
         return
-    mask = _mask(module.weight)
+    mask = _record_of(_SHARDED.get(module, module.weight)).mask
     mask[args[0].detach().reshape(-1)] = True
     if module.padding_idx is not None:
         mask[module.padding_idx] = False

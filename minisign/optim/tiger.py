@@ -54,8 +54,10 @@ from minisign.optim.base import (
     descend,
     descend_foreach,
     learning_rate,
+    nonzero_rows,
     with_shared,
 )
+from minisign.optim.shards import add_up, is_sharded, like_rows, local
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -295,6 +297,8 @@ class Tiger(RowOptimizer):
                 f"release_grads=True and lazy={group['lazy']!r} exclude each other: which rows move "
                 'is known with the whole gradient; give their group "release_grads": False'
             )
+        if group["release_grads"] and any(is_sharded(p) for p in group["params"]):
+            raise ValueError("release_grads=True is not for sharded parameters")
         if group["release_grads"] and group["capturable"]:
             raise ValueError("release_grads=True and capturable=True exclude each other")
         if k > 1 and group["capturable"]:
@@ -308,8 +312,28 @@ class Tiger(RowOptimizer):
         if group["release_grads"]:
             self._step_released(group)
         else:
+            self._ask_all_shards(group)
             super()._step_group(group)
         group["micro_step"] = (group["micro_step"] + 1) % group["accumulate"]
+
+    def _ask_all_shards(self, group: Group) -> None:
+        """Of parameters in pieces: is the whole gradient finite, and how large is the whole tensor; in one
+        exchange for all of them."""
+        sizes = self._cache("whole rms")
+        params = [p for p in group["params"] if is_sharded(p) and p.grad is not None]
+        sized = _is_last(group) and group["scale"] == "rms"
+        if not params or (group["shrink"] is None and not sized):
+            return
+        pieces = [(local(p), local(p.grad)) for p in params]
+        bad = [1 - torch.isfinite(g).all().double() for _, g in pieces]
+        squares = [torch.linalg.vector_norm(x, dtype=torch.float64).square() for x, _ in pieces]
+        found = torch.stack([torch.stack(bad), torch.stack(squares)])
+        add_up(params[0], found)
+        for p, (_, g), is_bad, square in zip(params, pieces, *found.tolist(), strict=True):
+            # Not finite elsewhere: then nor here, where it takes part in the step.
+            if is_bad and group["shrink"] is not None:
+                g[nonzero_rows(g) if group["lazy"] == "grad" else ...] = math.nan
+            sizes[p] = math.sqrt(square / max(p.numel(), 1)) or 1.0
 
     def _raw_gradient(self, p: Tensor, group: Group) -> Tensor | None:
         g = super()._raw_gradient(p, group)
@@ -352,6 +376,8 @@ class Tiger(RowOptimizer):
         )
 
     def _own_rule(self, p: Tensor, state: Group, group: Group, rule: Rule) -> Rule:
+        if is_sharded(p) and rule.scale == RMS and rule.move and p.dim() >= 2:
+            rule = replace(rule, scale=NUMBER, lr=rule.lr * self._cache("whole rms")[p])
         return replace(rule, keep=self._keep(state, group)) if group["accumulate"] > 1 else rule
 
     def _keep(self, state: Group, group: Group) -> float:
@@ -375,7 +401,9 @@ class Tiger(RowOptimizer):
             return eta, hyper["weight_decay"]
         if p.dim() < 2:
             return eta * 0.5, 0.0
-        return eta * rms(p, by_row=scale == "row_rms"), hyper["weight_decay"]
+        if scale == "rms" and is_sharded(p):
+            return eta * self._cache("whole rms")[p], hyper["weight_decay"]
+        return eta * rms(local(p), by_row=scale == "row_rms"), hyper["weight_decay"]
 
     def _decay_rates(self, group: Group) -> tuple[float, ...]:
         return (group["beta"] if _is_last(group) else 1.0,)
@@ -408,9 +436,9 @@ class Tiger(RowOptimizer):
         if group["accumulate"] > 1:
             # A row's momentum decays when a cycle first touches it, and all rows of the cycle move at
             # its end. `rows` and `cycle` are sorted.
-            taken = self.state[p].setdefault(
-                "taken_rows", torch.zeros(len(p), dtype=torch.bool, device=p.device)
-            )
+            if "taken_rows" not in self.state[p]:
+                self.state[p]["taken_rows"] = like_rows(p, (len(p),), torch.bool)
+            taken = local(self.state[p]["taken_rows"])
             before = taken.clone()
             taken[rows] = True
             if hyper["move"]:
@@ -419,10 +447,10 @@ class Tiger(RowOptimizer):
                 sums[torch.searchsorted(cycle, rows)] = g
                 rows, g = cycle, sums
                 taken.zero_()
-            keep = p.new_full((len(rows),), group["beta"]).masked_fill(before[rows], 1.0)
+            keep = local(p).new_full((len(rows),), group["beta"]).masked_fill(before[rows], 1.0)
             hyper = {**hyper, "keep": keep.view(-1, *[1] * (p.dim() - 1))}
         if group["scale"] == "row_rms" and hyper["move"]:
-            hyper = {**hyper, "eta": hyper["eta"] * rms(p[rows], by_row=True)}
+            hyper = {**hyper, "eta": hyper["eta"] * rms(local(p)[rows], by_row=True)}
         super()._update_rows(p, g, buffers, rows, hyper, group)
 
     # --- gradients that are taken and freed within backward -------------------------------------

@@ -1,0 +1,295 @@
+"""EmbeddingWatch: notices, in any training loop, that rows of an embedding run to the bound.
+
+    optimizer = Lion(model.parameters(), lr=1e-4, weight_decay=0.1)
+    watch = EmbeddingWatch(model, optimizer, folder="runs/a")
+
+A sign optimizer moves an entry by η at most, and decays it by ηλ. So no entry can be beyond the envelope
+
+    e ← e (1 − ηλ) + η           from the largest entry at the start
+
+and only one whose sign never changes stays on it: the row of a token that has stopped coming. The watch
+follows the envelope with the rates that the optimizer really takes, and every ``every`` steps counts the
+rows that are on it. In the Trainer of transformers it is a callback, :mod:`minisign.hf`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minisign import theory
+from minisign.files import prepare_out
+from minisign.optim.shards import add_up, is_sharded, local
+from minisign.probes.saturation import NEAR
+from minisign.probes.updates import update_kind
+
+LOG = "embedding_watch.jsonl"
+GROWN = 3.0  # times what is left of the largest entry at the start: so far the push must be to stand out
+SHARE = 0.1  # of a row's components beyond 0.8 of the push, beyond which the row counts as pushed
+ROWS = 3, 0.001  # so many rows, and such a share of them, must be pushed for a warning
+# In an output layer, and in a table of so few rows that each is in many batches, all are pushed at first
+# and come back; a warning is given only where the push is this near to the bound.
+FEW, LATE = 256, 0.5
+
+
+class EmbeddingWarning(UserWarning):
+    """Rows of an embedding run to the bound."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """A matrix [V, D] after a step.
+
+    Attributes:
+        step: counted from 1, from where the watch began.
+        name: of the parameter.
+        largest: largest |entry|, in the parameter's units.
+        envelope: what it can be at most; infinite for optimizers that have none (SGD, Adam).
+        push: what a sign that never changed would have made of zero; NaN where there is no envelope.
+        bound: 1/λ, where all this ends; infinite for λ = 0.
+        rows: how many rows have more than a tenth of their components beyond 0.8 of the push, once that is
+            three times what is left of the largest entry at the start; before, and without an envelope,
+            beyond 0.8 of the bound.
+    """
+
+    step: int
+    name: str
+    largest: float
+    envelope: float
+    push: float
+    bound: float
+    rows: int
+
+
+@dataclass
+class _Watched:
+    name: str
+    parameter: Tensor
+    group: dict[str, Any]
+    role: str  # "embedding", "tied" or "head"
+    signs: bool  # whether its optimizer is one of signs
+    start: float  # largest |entry|
+    size: float  # RMS that a step of Tiger is in proportion to, as it was last measured, grown since
+    push: float = 0.0
+    left: float = 1.0  # of the start
+
+    @property
+    def envelope(self) -> float:
+        return self.start * self.left + self.push if self.signs else math.inf
+
+
+class EmbeddingWatch:
+    """Watches the embeddings of a model, and the output layer, while an optimizer trains them.
+
+    Args:
+        model: with ``nn.Embedding`` or ``nn.EmbeddingBag`` modules. An ``nn.Linear`` with a weight of the
+        same
+            shape as one of theirs is taken for the output layer.
+        optimizer: any ``torch.optim.Optimizer``. Those of this package, and others that call their options
+        as
+            they do (``lr``, ``weight_decay``; ``betas`` without ``eps`` for Lion), have an envelope.
+        every: steps between two looks.
+        folder: where to write ``embedding_watch.jsonl``, a line of JSON for every matrix and look, and, if
+            the package ``tensorboard`` is installed, the same as scalars; None for neither.
+        keep: looks at each matrix to remember.
+
+    Attributes:
+        step: steps since the watch began.
+        looks: of each matrix, by name, the last :class:`Look` s.
+        warned: names of the matrices that a warning was given for.
+
+    Raises:
+        ValueError: a model without embeddings in the optimizer, ``every`` or ``keep`` below 1, or a folder
+            that cannot be written.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        every: int = 100,
+        *,
+        folder: str | Path | None = None,
+        keep: int = 1000,
+    ) -> None:
+        for name, value in (("every", every), ("keep", keep)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be a whole number, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be 1 or more, got {value}")
+        self.optimizer, self.every, self.step = optimizer, every, 0
+        self._watched = _watched(model, optimizer)
+        self.looks: dict[str, deque[Look]] = {w.name: deque(maxlen=keep) for w in self._watched}
+        self.warned: set[str] = set()
+        self.folder = None if folder is None else Path(folder)
+        self._writer: Any = None
+        if self.folder is not None and _is_first():
+            prepare_out(self.folder)
+            self._writer = _tensorboard(self.folder)
+        self._handle = optimizer.register_step_post_hook(self._after_step)
+
+    def remove(self) -> None:
+        """Looks no more, and closes its files."""
+        self._handle.remove()
+        if self._writer is not None:
+            self._writer.close()
+
+    @torch.no_grad()
+    def look(self) -> list[Look]:
+        """Looks now, and warns if it has to."""
+        found = []
+        for watched in self._watched:
+            bound = theory.bound(float(watched.group.get("weight_decay", 0.0)))
+            stands_out = watched.signs and watched.push >= GROWN * watched.start * watched.left
+            near = NEAR * (watched.push if stands_out else bound)
+            largest, size, rows = _measure(watched, near)
+            watched.size = size
+            push = watched.push if watched.signs else math.nan
+            look = Look(self.step, watched.name, largest, watched.envelope, push, bound, rows)
+            self.looks[watched.name].append(look)
+            found.append(look)
+            enough = rows >= max(ROWS[0], ROWS[1] * len(watched.parameter))
+            seldom = watched.role != "head" and len(watched.parameter) >= FEW
+            late = watched.push >= LATE * bound
+            if watched.signs and enough and (seldom or late) and watched.name not in self.warned:
+                self.warned.add(watched.name)
+                if _is_first():
+                    warnings.warn(_advice(look, watched), EmbeddingWarning, stacklevel=2)
+        self._write(found)
+        return found
+
+    def _after_step(self, *_: Any) -> None:
+        self.step += 1
+        for watched in self._watched:
+            _advance(watched)
+        if self.step % self.every == 0:
+            self.look()
+
+    def _write(self, looks: list[Look]) -> None:
+        if self.folder is not None and _is_first():
+            with (self.folder / LOG).open("a", encoding="utf-8") as file:
+                for look in looks:
+                    finite = {
+                        k: None if isinstance(v, float) and not math.isfinite(v) else v
+                        for k, v in asdict(look).items()
+                    }
+                    file.write(json.dumps(finite, allow_nan=False) + "\n")
+        if self._writer is not None:
+            for look in looks:
+                for name in ("largest", "envelope", "push", "rows"):
+                    self._writer.add_scalar(f"embedding/{look.name}/{name}", getattr(look, name), look.step)
+
+
+def _watched(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[_Watched]:
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    modules = list(model.named_modules())
+    embeddings = {
+        f"{name}.weight" if name else "weight": m.weight
+        for name, m in modules
+        if isinstance(m, (nn.Embedding, nn.EmbeddingBag))
+    }
+    shapes, ids = {w.shape for w in embeddings.values()}, {id(w) for w in embeddings.values()}
+    linear = {f"{name}.weight": m.weight for name, m in modules if isinstance(m, nn.Linear)}
+    heads = {name: w for name, w in linear.items() if w.shape in shapes and id(w) not in ids}
+    tied = {id(w) for w in linear.values()} & ids
+    found: dict[int, _Watched] = {}
+    for name, weight in {**embeddings, **heads}.items():
+        if id(weight) in found or id(weight) not in groups:
+            continue
+        group = groups[id(weight)]
+        role = "head" if name in heads else "tied" if id(weight) in tied else "embedding"
+        watched = _Watched(name, weight, group, role, _is_sign(optimizer, group), 0.0, 0.0)
+        watched.start, watched.size, _ = _measure(watched, math.inf)
+        found[id(weight)] = watched
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no nn.Embedding that {type(optimizer).__name__} trains: there is "
+            "nothing to watch"
+        )
+    return list(found.values())
+
+
+def _is_sign(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:
+    return "beta" in group or update_kind(optimizer, group, {}) == "lion"
+
+
+def _advance(watched: _Watched) -> None:
+    """Takes envelope and push one step further."""
+    group = watched.group
+    if not watched.signs or group.get("micro_step", 0):  # between two micro-batches nothing moves
+        return
+    scale, eta, decay = group.get("scale", 1.0), float(group["lr"]), float(group.get("weight_decay", 0.0))
+    if isinstance(scale, str):
+        eta *= watched.size
+        watched.size += eta * (1 - decay * watched.size)
+    else:
+        eta *= scale
+    watched.push += eta * (1 - decay * watched.push)
+    watched.left *= 1 - eta * decay
+
+
+@torch.no_grad()
+def _measure(watched: _Watched, near: float) -> tuple[float, float, int]:
+    """Largest |entry| of a matrix, the RMS that Tiger's step is in proportion to (the largest of a
+    row, or the whole matrix's), and how many rows have more than a tenth of their components beyond
+    ``near``."""
+    parameter = watched.parameter
+    weight = local(parameter.detach()).flatten(1)
+    most = torch.linalg.vector_norm(weight, math.inf, dim=1)
+    norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+    count = weight.new_zeros((), dtype=torch.float64)
+    for rows in (most > near).nonzero().squeeze(1).split(max(1, 2**22 // weight.shape[1])):
+        count += ((weight[rows].abs() > near).float().mean(1) > SHARE).sum()
+    highest = torch.stack([x.max().double() if len(x) else count.new_zeros(()) for x in (most, norms)])
+    sums = torch.stack([norms.double().square().sum(), count])
+    if is_sharded(parameter):
+        add_up(parameter, sums)
+        add_up(parameter, highest, torch.distributed.ReduceOp.MAX)
+    largest, longest, squares, rows_near = *highest.tolist(), *sums.tolist()
+    rms = math.sqrt(squares / parameter.numel())
+    size = longest / weight.shape[1] ** 0.5 if watched.group.get("scale") == "row_rms" else rms
+    return largest, size, int(rows_near)
+
+
+def _is_first() -> bool:
+    """Whether this process, of those that train together, is the one that warns and writes."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not distributed or torch.distributed.get_rank() == 0
+
+
+def _advice(look: Look, watched: _Watched) -> str:
+    cure = {
+        "embedding": "Make its rows lazy (param_groups(model, embedding={'lazy': 'grad'})) or give it to "
+        "AdamW (minisign.Hybrid)",
+        "tied": "Lazy rows do not help, as the output layer shares it and gives every row a gradient: give "
+        "it to AdamW (minisign.Hybrid), or untie it and make its rows lazy",
+        "head": "Lazy rows do not help an output layer, whose every row has a gradient: give it to AdamW "
+        "(minisign.Hybrid)",
+    }[watched.role]
+    end = (
+        f", on their way to ±1/λ = ±{look.bound:.4g}" if look.bound < math.inf else ", without end at λ = 0"
+    )
+    return (
+        f"step {look.step}: {look.rows:,} of {len(watched.parameter):,} rows of {look.name} stand at "
+        f"±{look.push:.4g}, as far as the sign optimizer can have taken them{end}. {cure}; "
+        "minisign.repair.reset_rows, or `minisign repair` on a checkpoint, mends the rows that are there."
+    )
+
+
+def _tensorboard(folder: Path) -> Any:
+    """A writer, if TensorBoard is there."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    make: Callable[..., Any] = SummaryWriter
+    return make(str(folder))
