@@ -300,16 +300,18 @@ def test_bad_train(tmp_path: Path, text: str, capsys: Any) -> None:
         assert message in fails(capsys, *shared, "--out", new, *argv)
         assert not Path(new).exists()
     assert "train needs --out DIR" in fails(capsys, *shared)
-    assert "there is no checkpoint.pt in" in fails(capsys, "train", "--resume", new)
+    assert "there is no checkpoint in" in fails(capsys, "train", "--resume", new)
     assert main([*shared, "--out", run]) == 0
     capsys.readouterr()
     assert "at step 4, its last: give more --steps" in fails(capsys, "train", "--resume", run)
     assert "at step 4 already, past 2" in fails(capsys, "train", "--resume", run, "--steps", "2")
     message = fails(capsys, "train", "--resume", run, "--steps", "9", "--lr", "0.5")
     assert "--lr 0.5 is not what the run to resume has" in message
-    checkpoint = Path(run) / "checkpoint.pt"
+    (checkpoint,) = Path(run).glob("checkpoints/*/*.distcp")
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    assert "damaged or not a checkpoint" in fails(capsys, "train", "--resume", run, "--steps", "9")
+    assert "is damaged: it is not what was written" in fails(
+        capsys, "train", "--resume", run, "--steps", "9"
+    )
 
 
 def test_help_reads_well(capsys: Any) -> None:

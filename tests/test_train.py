@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,11 @@ import torch
 from safetensors.torch import load_file, load_model
 
 from minisign import Hybrid
+from minisign.checkpoint import steps_of
 from minisign.corpus import CorpusConfig, generate
 from minisign.files import write_whole
 from minisign.gpt import GPT, Center
 from minisign.train import (
-    CHECKPOINT,
     Config,
     Run,
     build_model,
@@ -123,7 +125,7 @@ def test_what_is_saved(tmp_path: Path) -> None:
         assert same(weights(run), again.state_dict())
         assert Config.from_json(json.loads((tmp_path / "config.json").read_text())) == config
         assert sorted(p.name for p in tmp_path.iterdir()) == [
-            "checkpoint.pt",
+            "checkpoints",
             "config.json",
             "model.safetensors",
         ]
@@ -343,38 +345,72 @@ def test_bad_config_that_shows_when_it_is_used() -> None:
         load_tokens(small(vocab_rare_share=1.5))
 
 
-def test_bad_checkpoints(tmp_path: Path, text_file: Path) -> None:
-    with pytest.raises(ValueError, match=r"there is no checkpoint\.pt in"):
+def test_bad_checkpoints(tmp_path: Path, text_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ValueError, match="there is no checkpoint in"):
         Run.resume(tmp_path)
     config = small(text=(str(text_file),))
+    run = Run(config, load_tokens(config))
+    train(run, lambda r: r.save(tmp_path), every=4)
+    assert steps_of(tmp_path) == [12, 8]  # the last two
+    newest = tmp_path / "checkpoints" / "00000012"
+    for file in sorted(newest.iterdir()):
+        good = file.read_bytes()
+        middle = len(good) // 2
+        flipped = good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :]
+        for bad in (b"", b"hello", good[:middle], flipped if file.name != "run.json" else b"{}"):
+            file.write_bytes(bad)
+            caplog.clear()
+            assert Run.resume(tmp_path).step == 8
+            (record,) = caplog.records
+            assert record.getMessage().endswith("; going on from step 8")
+            assert str(newest) in record.getMessage()
+        file.unlink()
+        assert Run.resume(tmp_path).step == 8
+        file.write_bytes(good)
+    assert Run.resume(tmp_path).step == 12
+    for step in ("00000008", "00000012"):
+        (tmp_path / "checkpoints" / step / ".metadata").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"00000012/\.metadata is damaged: it is not what was written"):
+        Run.resume(tmp_path)
+
+
+def resealed(path: Path, **changes: Any) -> None:
+    """Changes a checkpoint's record, and makes its check sums fit what is there."""
+    record = json.loads((path / "run.json").read_text()) | changes
+    names = record["sha256"]
+    record["sha256"] = {n: hashlib.sha256((path / n).read_bytes()).hexdigest() for n in names}
+    (path / "run.json").write_text(json.dumps(record))
+
+
+def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
+    config = small()
     train(Run(config, load_tokens(config))).save(tmp_path)
-    path = tmp_path / CHECKPOINT
-    good = path.read_bytes()
-    for bad in (b"", b"hello", good[: len(good) // 2], good[:100] + b"x" * 100 + good[200:]):
-        path.write_bytes(bad)
-        with pytest.raises(ValueError, match=r"checkpoint\.pt (is damaged|is not|does not fit)"):
-            Run.resume(tmp_path)
-    torch.save({"model": {}}, path)
-    with pytest.raises(ValueError, match="not a checkpoint of minisign"):
+    path = tmp_path / "checkpoints" / "00000012"
+    resealed(path, config={**config.to_json(), "width": 8})
+    with pytest.raises(ValueError, match="embedding.weight is to be"):
         Run.resume(tmp_path)
-    path.write_bytes(good)
-    saved = torch.load(path, weights_only=True)
-    torch.save({k: v for k, v in saved.items() if k != "optimizer"}, path)
+    resealed(path, config={"nonsense": 1})
+    with pytest.raises(ValueError, match="is not a checkpoint of minisign: KeyError"):
+        Run.resume(tmp_path)
+    resealed(path, config=config.to_json(), micro_steps=[])
     with pytest.raises(ValueError, match="does not fit its own configuration"):
         Run.resume(tmp_path)
-    saved["model"] = {**saved["model"], "head.weight": torch.zeros(2, 2)}
-    torch.save(saved, path)
-    with pytest.raises(ValueError, match="does not fit its own configuration"):
+    resealed(path, format="another")
+    with pytest.raises(ValueError, match="is not a checkpoint of minisign"):
         Run.resume(tmp_path)
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> Any:
-            return (print, ("executed",))
+            return (exec, ("raise SystemExit('executed')",))
 
-    torch.save({"format": "minisign checkpoint 1", "config": Evil()}, tmp_path / CHECKPOINT)
-    with pytest.raises(ValueError, match="damaged or not a checkpoint"):
+    config = small()
+    train(Run(config, load_tokens(config))).save(tmp_path)
+    path = tmp_path / "checkpoints" / "00000012"
+    (path / ".metadata").write_bytes(pickle.dumps(Evil()))
+    resealed(path)
+    with pytest.raises(ValueError, match=r"builtins\.exec is no part of a checkpoint"):
         Run.resume(tmp_path)
 
 
