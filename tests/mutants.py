@@ -211,8 +211,8 @@ MUTANTS = (
     Mutant(
         "a repair that loses the signs",
         "minisign/repair.py",
-        "new = bad * (size /",
-        "new = bad.abs() * (size /",
+        "return rows * (size /",
+        "return rows.abs() * (size /",
         "tests/test_repair_and_finetune.py::test_reset_rows_by_hand",
     ),
     Mutant(
@@ -431,7 +431,7 @@ MUTANTS = (
     Mutant(
         "a plan that never changes",
         "minisign/optim/fused.py",
-        "            launch.set_gradients([g.data_ptr() for g in gs])\n",
+        "            launch.set_gradients([g.data_ptr() for g in gs if g is not None])\n",
         "",
         FUSED + "test_a_plan_is_remade_when_anything_moves",
         "14_fused_kernels",
