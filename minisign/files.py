@@ -108,7 +108,7 @@ def prepare_out(out: Path) -> None:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".minisign-write-test"
+        probe = out / f".minisign-write-test-{os.getpid()}"  # several processes may ask at once
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
