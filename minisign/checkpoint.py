@@ -79,7 +79,7 @@ class Checkpoint:
 def save(
     out: Path, step: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any], world: World = ALONE
 ) -> Path:
-    """Writes ``out/checkpoints/STEP``, and removes all but the newest two.
+    """Writes ``out/checkpoints/STEP``, and removes all others but the one before.
 
     Args:
         tensors: whole ones, the same in all processes, or pieces of sharded ones.
@@ -107,8 +107,7 @@ def save(
             with _quiet():
                 save_pieces(dict(tensors), storage_writer=writer, no_dist=world.engine is None)
             if world.rank == 0:
-                files = sorted(f for f in partial.iterdir())
-                hashes = {f.name: _sha256(f) for f in files}
+                hashes = {f.name: _sha256(f) for f in sorted(partial.iterdir())}
                 write_json(partial / RECORD, {**record, "format": FORMAT, "step": step, "sha256": hashes})
                 sync(partial / RECORD)
                 if final.exists():  # a run that went back, or was begun anew, in the same folder
@@ -123,7 +122,9 @@ def save(
         if world.rank == 0 and partial.exists():
             shutil.rmtree(partial, ignore_errors=True)
     if world.rank == 0:
-        for old in steps_of(out)[KEPT:]:
+        steps = steps_of(out)
+        later = [s for s in steps if s > step]  # of another run in this folder, or of before it went back
+        for old in later + steps[len(later) + KEPT :]:
             shutil.rmtree(folder / f"{old:08d}")
     return final
 
@@ -152,13 +153,13 @@ def newest(out: Path, world: World = ALONE) -> Checkpoint:
             break
         except Damaged as error:
             reasons.append(str(error))
-    step, reasons = world.agree((None if found is None else found.record["step"], reasons))
-    if step is None:
+    found, reasons = world.agree((found, reasons))
+    if found is None:
         raise ValueError(reasons[0])
     if world.rank == 0:
         for reason in reasons:
-            logger.warning("%s; going on from step %d", reason, step)
-    return found or read(out / FOLDER / f"{step:08d}")
+            logger.warning("%s; going on from step %d", reason, found.record["step"])
+    return found
 
 
 def read(path: Path) -> Checkpoint:

@@ -714,8 +714,7 @@ def _print_inspection(content: Sequence[dict[str, Any]]) -> None:
     _print_whole(matrices)
     for m in content:
         if m["saturated"] and m["worst_rows"]:
-            print(f"Worst rows of {m['tensor']}")
-            rows = _table("", "token id", "near", "RMS", "text")
+            rows = _table(f"Worst rows of {m['tensor']}", "token id", "near", "RMS", "text")
             for row in m["worst_rows"]:
                 shown = "" if row["text"] is None else repr(row["text"])
                 rows.add_row(f"{row['id']}", _percent(row["near"]), f"{row['rms']:.4g}", shown)
@@ -733,9 +732,10 @@ def _table(title: str, first: str, *columns: str) -> Any:
     table = Table(
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
-        title=title or None,
+        title=title,
         title_justify="left",
         title_style="bold",
+        min_width=len(title),  # or a longer title would be wrapped
     )
     table.add_column(first, no_wrap=True)
     for name in columns:

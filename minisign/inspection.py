@@ -36,13 +36,12 @@ from torch import Tensor
 
 from minisign import theory
 from minisign.files import one_line, read_json, write_json, write_whole
-from minisign.probes.saturation import NEAR
-from minisign.weights import Stored, stored_tensors
+from minisign.probes.saturation import NEAR, SHARE
+from minisign.weights import Stored, is_run, stored_tensors
 
 if TYPE_CHECKING:
     from minisign.train import Config
 
-SHARE = 0.1  # of a row's components, beyond which it counts as at the bound
 TOP, BEYOND = 0.9, 1.1  # the spike lies in between, in units of s
 LOWER = (0.2, 0.5, 0.8)  # where what it stands out from begins
 RATIO = 1.3  # how much denser the spike must be at least
@@ -55,7 +54,7 @@ NAMES = re.compile(
     r"unembed|unembedding|proj_out|token_embedding|classifier)(\.(weight|modules_to_save.*))?$",
     re.IGNORECASE,
 )
-NOT_LEARNED = re.compile(r"cos|sin|rotary|inv_freq|rope|mask|bias", re.IGNORECASE)
+NOT_LEARNED = re.compile(r"(^|[._])(cos|sin|rotary|inv_freq|rope|mask|bias)([._]|$)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,7 @@ def origin(path: Path) -> Origin:
     if not config.is_file():
         return Origin()
     fields = read_json(config)
-    if {"corpus", "optimizer"} <= fields.keys():
+    if is_run(fields):
         from minisign.train import Config
 
         try:
@@ -257,7 +256,7 @@ def token_texts_of(path: Path, tokenizer: str | None = None) -> Callable[[int], 
 
 @torch.no_grad()
 def inspect_matrix(matrix: Stored, weight_decay: float | None = None) -> Inspection:
-    """Whether rows of a matrix [V, D] stand at a bound; reads it twice, a few megabytes at a time.
+    """Whether rows of a matrix [V, D] stand at a bound; reads it three times, a few megabytes at a time.
 
     Args:
         weight_decay: λ that it was trained with, where it is known.

@@ -22,8 +22,9 @@ from torch.nn import functional as F
 
 from minisign.files import one_line, read_json
 from minisign.gpt import GPT
+from minisign.tokenizer import hugging_face_tokenizer
 from minisign.train import CONFIG, Config, load_tokens
-from minisign.weights import weight_files
+from minisign.weights import is_run, weight_files
 
 ARCHITECTURES = ("gpt2", "roberta")
 MASKED = 0.15  # of the tokens, as RoBERTa was trained
@@ -141,7 +142,7 @@ def load_subject(path: Path, tokenizer: Path | None = None) -> Subject:
             raise ValueError(f"there is no {given}")
     folder = path if path.is_dir() else path.parent
     config = read_json(folder / CONFIG)
-    if {"corpus", "optimizer"} <= config.keys():
+    if is_run(config):
         return _own(path, config)
     architecture = config.get("model_type")
     if architecture not in ARCHITECTURES:
@@ -182,8 +183,6 @@ def _own(path: Path, fields: dict[str, Any]) -> Subject:
 def _hugging_face(path: Path, folder: Path, architecture: str, tokenizer: Path) -> Subject:
     try:
         import transformers
-        from tokenizers import Tokenizer
-        from tokenizers.implementations import ByteLevelBPETokenizer  # type: ignore[attr-defined]
     except ImportError as error:
         raise ValueError(
             f"a {architecture} checkpoint is read with transformers: pip install 'minisign[hf]' ({error})"
@@ -224,21 +223,7 @@ def _hugging_face(path: Path, folder: Path, architecture: str, tokenizer: Path) 
             f"{path} has {len(layers)} layers, {config.num_hidden_layers} by {folder / CONFIG}"
         )
     model = model.float().eval()
-    vocab, merges = tokenizer / "vocab.json", tokenizer / "merges.txt"
-    try:
-        if (json_file := tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer).is_file():
-            reader = Tokenizer.from_file(str(json_file))
-        elif vocab.is_file() and merges.is_file():
-            json_file = vocab
-            reader = ByteLevelBPETokenizer.from_file(str(vocab), str(merges))
-        else:
-            reader = None
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise ValueError(f"{json_file} is not a tokenizer: {one_line(error)}") from None
-    if reader is None:
-        raise ValueError(
-            f"{tokenizer} has no tokenizer.json, nor vocab.json and merges.txt: give one with --tokenizer"
-        )
+    reader = hugging_face_tokenizer(tokenizer)
     masked, context = None, int(getattr(config, "max_position_embeddings", 0))
     if architecture == "roberta":
         mask = reader.token_to_id("<mask>")

@@ -89,8 +89,7 @@ def repair(path: Path, out: Path, matrices: Sequence[tuple[Stored, Inspection]])
         matrices: what is to be repaired, and what was found there.
 
     Raises:
-        ValueError: ``out`` is there already, a matrix has no healthy row to go by, or its file's format
-        does
+        ValueError: ``out`` is there already, a matrix has no healthy row to go by, or its format does
             not allow it. OSError: it cannot be written.
     """
     for stored, found in matrices:

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import rustbpe
@@ -74,7 +75,7 @@ def token_texts(tokenizer: str) -> Callable[[int], str | None]:
     know.
 
     Args:
-        tokenizer: a ``tokenizer.json`` or a folder with one (read with the extra ``hf``), a file in
+        tokenizer: what :func:`hugging_face_tokenizer` reads, a file in
             tiktoken's format (a token in base 64 and its rank on each line), or the name of an encoding of
             tiktoken's, which fetches it unless it has it already.
 
@@ -82,9 +83,9 @@ def token_texts(tokenizer: str) -> Callable[[int], str | None]:
         ValueError: nothing of that name, or a damaged file.
     """
     path = Path(tokenizer)
-    path = path / "tokenizer.json" if path.is_dir() else path
-    if path.suffix == ".json":
-        return _texts_of_json(path)
+    if path.is_dir() or path.suffix == ".json":
+        reader = hugging_face_tokenizer(path)
+        return lambda i: reader.decode([i], skip_special_tokens=False) or reader.id_to_token(i)
     if path.is_file():
         known = _read_vocabulary(path)
         return lambda i: known[i].decode(errors="replace") if i in known else None
@@ -100,22 +101,35 @@ def token_texts(tokenizer: str) -> Callable[[int], str | None]:
     return lambda i: encoding.decode([i]) if 0 <= i < encoding.n_vocab else None
 
 
-def _texts_of_json(path: Path) -> Callable[[int], str | None]:
-    if not path.is_file():
-        raise ValueError(f"there is no {path.name} in {path.parent}")
+def hugging_face_tokenizer(path: Path) -> Any:
+    """A tokenizer of the package ``tokenizers``, which comes with the extra ``hf``.
+
+    Args:
+        path: a ``tokenizer.json``, or a folder with it or with ``vocab.json`` and ``merges.txt``.
+
+    Raises:
+        ValueError: nothing there, the extra not installed, or a damaged file.
+    """
     try:
         from tokenizers import Tokenizer
+        from tokenizers.implementations import ByteLevelBPETokenizer  # type: ignore[attr-defined]
     except ImportError:
         raise ValueError(f"{path} is read with tokenizers: pip install 'minisign[hf]'") from None
+    if not path.exists():
+        raise ValueError(f"there is no {path.name} in {path.parent}")
+    vocab, merges = path / "vocab.json", path / "merges.txt"
+    file = path / "tokenizer.json" if path.is_dir() else path
     try:
-        reader = Tokenizer.from_file(str(path))
+        if file.is_file():
+            return Tokenizer.from_file(str(file))
+        if vocab.is_file() and merges.is_file():
+            file = vocab
+            return ByteLevelBPETokenizer.from_file(str(vocab), str(merges))
     except Exception as error:  # tokenizers raises nothing narrower
-        raise ValueError(f"{path} is not a tokenizer: {one_line(error)}") from None
-
-    def text(i: int) -> str | None:
-        return reader.decode([i], skip_special_tokens=False) or reader.id_to_token(i)
-
-    return text
+        raise ValueError(f"{file} is not a tokenizer: {one_line(error)}") from None
+    raise ValueError(
+        f"{path} has no tokenizer.json, nor vocab.json and merges.txt: give one with --tokenizer"
+    )
 
 
 def _read_vocabulary(path: Path) -> dict[int, bytes]:

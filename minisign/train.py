@@ -327,7 +327,8 @@ class Run:
         """
         out.mkdir(parents=True, exist_ok=True)
         numbers: dict[str, dict[str, Any]] = {}
-        tensors = {f"model.{name}": value for name, value in self._weights().items()}
+        weights = self._weights()
+        tensors = {f"model.{name}": value for name, value in weights.items()}
         for name, state in self._optimizer_state().items():
             for key, value in state.items():
                 if isinstance(value, Tensor):
@@ -343,7 +344,7 @@ class Run:
             "micro_steps": [group.get("micro_step", 0) for group in self.optimizer.param_groups],
         }
         checkpoint.save(out, self.step, tensors, record, self.world)
-        weights = {name: whole(value).contiguous() for name, value in self._weights().items()}
+        weights = {name: whole(value).contiguous() for name, value in weights.items()}
         if self.world.rank == 0:
             write_whole(out / MODEL, lambda path: save_file(weights, path, {"format": "pt"}))
             write_whole(out / CONFIG, lambda path: write_json(path, self.config.to_json()))

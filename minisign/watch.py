@@ -29,12 +29,11 @@ from torch import Tensor, nn
 from minisign import theory
 from minisign.files import prepare_out
 from minisign.optim.shards import add_up, is_sharded, local
-from minisign.probes.saturation import NEAR
+from minisign.probes.saturation import NEAR, saturated_rows
 from minisign.probes.updates import update_kind
 
 LOG = "embedding_watch.jsonl"
 GROWN = 3.0  # times what is left of the largest entry at the start: so far the push must be to stand out
-SHARE = 0.1  # of a row's components beyond 0.8 of the push, beyond which the row counts as pushed
 ROWS = 3, 0.001  # so many rows, and such a share of them, must be pushed for a warning
 # In an output layer, and in a table of so few rows that each is in many batches, all are pushed at first
 # and come back; a warning is given only where the push is this near to the bound.
@@ -150,8 +149,7 @@ class EmbeddingWatch:
         for watched in self._watched:
             bound = theory.bound(float(watched.group.get("weight_decay", 0.0)))
             stands_out = watched.signs and watched.push >= GROWN * watched.start * watched.left
-            near = NEAR * (watched.push if stands_out else bound)
-            largest, size, rows = _measure(watched, near)
+            largest, size, rows = _measure(watched, watched.push if stands_out else bound)
             watched.size = size
             push = watched.push if watched.signs else math.nan
             look = Look(self.step, watched.name, largest, watched.envelope, push, bound, rows)
@@ -238,17 +236,17 @@ def _advance(watched: _Watched) -> None:
 
 
 @torch.no_grad()
-def _measure(watched: _Watched, near: float) -> tuple[float, float, int]:
+def _measure(watched: _Watched, bound: float) -> tuple[float, float, int]:
     """Largest |entry| of a matrix, the RMS that Tiger's step is in proportion to (the largest of a
     row, or the whole matrix's), and how many rows have more than a tenth of their components beyond
-    ``near``."""
+    0.8 of ``bound``."""
     parameter = watched.parameter
     weight = local(parameter.detach()).flatten(1)
     most = torch.linalg.vector_norm(weight, math.inf, dim=1)
     norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
     count = weight.new_zeros((), dtype=torch.float64)
-    for rows in (most > near).nonzero().squeeze(1).split(max(1, 2**22 // weight.shape[1])):
-        count += ((weight[rows].abs() > near).float().mean(1) > SHARE).sum()
+    for rows in (most > NEAR * bound).nonzero().squeeze(1).split(max(1, 2**22 // weight.shape[1])):
+        count += saturated_rows(weight[rows], bound).sum()
     highest = torch.stack([x.max().double() if len(x) else count.new_zeros(()) for x in (most, norms)])
     sums = torch.stack([norms.double().square().sum(), count])
     if is_sharded(parameter):

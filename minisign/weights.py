@@ -13,7 +13,7 @@ import pickle
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,11 @@ class Stored:
         for start in range(0, self.shape[0], size):
             rows = self.rows(start, min(start + size, self.shape[0]))
             yield start, rows.float() if self.loaded is None else rows.to(torch.float32, copy=True)
+
+
+def is_run(config: Mapping[str, Any]) -> bool:
+    """Whether what a ``config.json`` holds is the configuration of a run of this package."""
+    return {"corpus", "optimizer"} <= config.keys()
 
 
 # --- which files ----------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from minisign.optim.shards import check_rows, first_row, local
 from minisign.parallel import ALONE, World, joined
 from minisign.train import MODEL, Config, Run, load_tokens, train
 
+pytestmark = pytest.mark.xdist_group("parallel")  # what two processes made is made once
 HERE = Path(__file__).parent
 ENGINES = ("ddp", "fsdp")
 STEPS = 20
@@ -59,6 +60,7 @@ CASES: dict[str, dict[str, Any]] = {
     "fused Lion": {"fused": True, "optimizer": "lion"},
     "uneven": {"batch": 7, "optimizer": "lion"},
 }
+RESUMED = ("tiger", "hybrid", "accumulating", "fused", "sgd")
 NANS = ("tiger", "base", "lazy grad", "lazy ids", "fused", "accumulating")
 
 
@@ -124,9 +126,6 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     run_jobs(2, jobs, folder)
     return folder
-
-
-RESUMED = ("tiger", "hybrid", "accumulating", "fused", "sgd")
 
 
 def alone(name: str, **more: Any) -> Run:

@@ -374,6 +374,15 @@ def test_bad_checkpoints(tmp_path: Path, text_file: Path, caplog: pytest.LogCapt
         Run.resume(tmp_path)
 
 
+def test_a_new_run_in_the_folder_of_a_longer_one_is_the_one_to_resume(tmp_path: Path) -> None:
+    longer, new = small(), small(steps=6, seed=1)
+    train(Run(longer, load_tokens(longer)), lambda r: r.save(tmp_path), every=4)
+    run = train(Run(new, load_tokens(new)))
+    run.save(tmp_path)
+    assert steps_of(tmp_path) == [6]
+    assert same(weights(Run.resume(tmp_path)), weights(run))
+
+
 def resealed(path: Path, **changes: Any) -> None:
     """Changes a checkpoint's record, and makes its check sums fit what is there."""
     record = json.loads((path / "run.json").read_text()) | changes

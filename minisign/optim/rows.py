@@ -30,7 +30,7 @@ class TrackedRows:
     """Handle of :func:`track_rows`; :meth:`remove` ends the recording."""
 
     def __init__(self, embeddings: list[nn.Embedding | nn.EmbeddingBag], process_group: Any) -> None:
-        self._weights = [e.weight for e in embeddings]
+        self._weights = {e: e.weight for e in embeddings}
         self._hooks = [e.register_forward_hook(_record) for e in embeddings]
         for e in embeddings:
             record = _record_of(e.weight)
@@ -43,7 +43,8 @@ class TrackedRows:
     def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        for weight in self._weights:
+        for e, weight in self._weights.items():
+            _SHARDED.pop(e, None)
             _LOOKED_UP.pop(weight, None)
 
 

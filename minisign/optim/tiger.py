@@ -325,13 +325,16 @@ class Tiger(RowOptimizer):
         if not params or (group["shrink"] is None and not sized):
             return
         pieces = [(local(p), local(p.grad)) for p in params]
-        bad = [1 - torch.isfinite(g).all().double() for _, g in pieces]
-        squares = [torch.linalg.vector_norm(x, dtype=torch.float64).square() for x, _ in pieces]
-        found = torch.stack([torch.stack(bad), torch.stack(squares)])
+        found = torch.zeros(2, len(params), dtype=torch.float64, device=params[0].device)
+        for i, (x, g) in enumerate(pieces):
+            if group["shrink"] is not None:
+                found[0, i] = ~torch.isfinite(g).all()
+            if sized:
+                found[1, i] = torch.linalg.vector_norm(x, dtype=torch.float64).square()
         add_up(params[0], found)
         for p, (_, g), is_bad, square in zip(params, pieces, *found.tolist(), strict=True):
             # Not finite elsewhere: then nor here, where it takes part in the step.
-            if is_bad and group["shrink"] is not None:
+            if is_bad:
                 g[nonzero_rows(g) if group["lazy"] == "grad" else ...] = math.nan
             sizes[p] = math.sqrt(square / max(p.numel(), 1)) or 1.0
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from minisign.probes.frequency import frequent_tokens, rare_tokens
 
 NEAR = 0.8  # of the bound: beyond it a component counts as saturated
+SHARE = 0.1  # of a row's components: with more of them saturated, the row is
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def saturation(weight: Tensor, counts: np.ndarray, bound: float) -> Saturation:
     return Saturation(high, low, *map(share, groups))
 
 
-def saturated_rows(weight: Tensor, bound: float, share: float = 0.1) -> Tensor:
+def saturated_rows(weight: Tensor, bound: float, share: float = SHARE) -> Tensor:
     """Which rows [V] have more than ``share`` of their components beyond 0.8 of the bound; boolean.
 
     Args:
