@@ -1,7 +1,8 @@
 """minisign: sign-based optimizers to read, run and trust.
 
-``from minisign import Signum, Lion, Tiger, AdamW, Hybrid, param_groups, track_rows``. Importing this
-loads torch and nothing else heavy; the model, the corpus and the main job are in modules of their own.
+``from minisign import Signum, Lion, Tiger, AdamW, Hybrid, param_groups, track_rows, EmbeddingWatch``.
+Importing this loads torch and nothing else heavy; the model, the corpus and the main job are in modules of
+their own.
 """
 
 from minisign.optim import (
@@ -13,7 +14,8 @@ from minisign.optim import (
     param_groups,
     track_rows,
 )
+from minisign.watch import EmbeddingWatch
 
 __version__ = "0.1.0"
 
-__all__ = ["AdamW", "Hybrid", "Lion", "Signum", "Tiger", "param_groups", "track_rows"]
+__all__ = ["AdamW", "EmbeddingWatch", "Hybrid", "Lion", "Signum", "Tiger", "param_groups", "track_rows"]

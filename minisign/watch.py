@@ -8,8 +8,9 @@ A sign optimizer moves an entry by η at most, and decays it by ηλ. So no entr
     e ← e (1 − ηλ) + η           from the largest entry at the start
 
 and only one whose sign never changes stays on it: the row of a token that has stopped coming. The watch
-follows the envelope with the rates that the optimizer really takes, and every ``every`` steps counts the
-rows that are on it. In the Trainer of transformers it is a callback, :mod:`minisign.hf`.
+follows the envelope with the rates that the optimizer really takes, notes which rows have a gradient, and
+every ``every`` steps counts the rows that are on the envelope and had no gradient for half of their way.
+In the Trainer of transformers it is a callback, :mod:`minisign.hf`.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ from minisign.probes.updates import update_kind
 LOG = "embedding_watch.jsonl"
 GROWN = 3.0  # times what is left of the largest entry at the start: so far the push must be to stand out
 ROWS = 3, 0.001  # so many rows, and such a share of them, must be pushed for a warning
-# In an output layer, and in a table of so few rows that each is in many batches, all are pushed at first
-# and come back; a warning is given only where the push is this near to the bound.
-FEW, LATE = 256, 0.5
+SILENT = 0.5  # of the push: a row that has got no gradient for so much of it moved by its old sign alone
+# Rows with a gradient may be pushed for a while and come back: those of an output layer are, at first. They
+# count only where the push is this near to the bound.
+LATE = 0.5
 
 
 class EmbeddingWarning(UserWarning):
@@ -58,6 +60,8 @@ class Look:
         rows: how many rows have more than a tenth of their components beyond 0.8 of the push, once that is
             three times what is left of the largest entry at the start; before, and without an envelope,
             beyond 0.8 of the bound.
+        silent: how many of these went half of that way without a gradient; 0 for an output layer, whose
+            rows always have one, and where the gradients are gone when the optimizer has made its step.
     """
 
     step: int
@@ -67,17 +71,19 @@ class Look:
     push: float
     bound: float
     rows: int
+    silent: int
 
 
 @dataclass
 class _Watched:
     name: str
     parameter: Tensor
-    group: dict[str, Any]
+    group: int  # its place in the optimizer, which makes new dictionaries when it loads a state
     role: str  # "embedding", "tied" or "head"
     signs: bool  # whether its optimizer is one of signs
     start: float  # largest |entry|
     size: float  # RMS that a step of Tiger is in proportion to, as it was last measured, grown since
+    seen: Tensor | None = None  # the push when each row of this process last had a gradient
     push: float = 0.0
     left: float = 1.0  # of the start
 
@@ -91,11 +97,9 @@ class EmbeddingWatch:
 
     Args:
         model: with ``nn.Embedding`` or ``nn.EmbeddingBag`` modules. An ``nn.Linear`` with a weight of the
-        same
-            shape as one of theirs is taken for the output layer.
+            same shape as one of theirs is taken for the output layer.
         optimizer: any ``torch.optim.Optimizer``. Those of this package, and others that call their options
-        as
-            they do (``lr``, ``weight_decay``; ``betas`` without ``eps`` for Lion), have an envelope.
+            as they do (``lr``, ``weight_decay``; ``betas`` without ``eps`` for Lion), have an envelope.
         every: steps between two looks.
         folder: where to write ``embedding_watch.jsonl``, a line of JSON for every matrix and look, and, if
             the package ``tensorboard`` is installed, the same as scalars; None for neither.
@@ -147,28 +151,57 @@ class EmbeddingWatch:
         """Looks now, and warns if it has to."""
         found = []
         for watched in self._watched:
-            bound = theory.bound(float(watched.group.get("weight_decay", 0.0)))
+            group = self.optimizer.param_groups[watched.group]
+            bound = theory.bound(float(group.get("weight_decay", 0.0)))
             stands_out = watched.signs and watched.push >= GROWN * watched.start * watched.left
-            largest, size, rows = _measure(watched, watched.push if stands_out else bound)
-            watched.size = size
+            level = watched.push if stands_out else bound
+            quiet = None if watched.seen is None else watched.seen < SILENT * watched.push
+            largest, watched.size, rows, silent = _measure(watched.parameter, level, group, quiet)
             push = watched.push if watched.signs else math.nan
-            look = Look(self.step, watched.name, largest, watched.envelope, push, bound, rows)
+            look = Look(self.step, watched.name, largest, watched.envelope, push, bound, rows, silent)
             self.looks[watched.name].append(look)
             found.append(look)
-            enough = rows >= max(ROWS[0], ROWS[1] * len(watched.parameter))
-            seldom = watched.role != "head" and len(watched.parameter) >= FEW
-            late = watched.push >= LATE * bound
-            if watched.signs and enough and (seldom or late) and watched.name not in self.warned:
+            running = rows if level >= LATE * bound else silent
+            enough = running >= max(ROWS[0], ROWS[1] * len(watched.parameter))
+            if watched.signs and enough and watched.name not in self.warned:
                 self.warned.add(watched.name)
                 if _is_first():
-                    warnings.warn(_advice(look, watched), EmbeddingWarning, stacklevel=2)
+                    warnings.warn(_advice(look, watched, running), EmbeddingWarning, stacklevel=2)
         self._write(found)
         return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on from here: plain numbers, for JSON or ``torch.save``."""
+        numbers = ("start", "size", "push", "left")
+        return {
+            "step": self.step,
+            "warned": sorted(self.warned),
+            "watched": {w.name: {n: getattr(w, n) for n in numbers} for w in self._watched},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where another watch was; without it, a resumed run takes what it finds for the start.
+
+        Which rows had no gradient is noted anew.
+
+        Raises:
+            ValueError: the other watched other matrices.
+        """
+        names, others = [w.name for w in self._watched], list(state["watched"])
+        if names != others:
+            raise ValueError(f"the state is of a watch of {others}, this one watches {names}")
+        for watched in self._watched:
+            for name, value in state["watched"][watched.name].items():
+                setattr(watched, name, value)
+            if watched.seen is not None:
+                watched.seen.fill_(watched.push)
+        self.step, self.warned = state["step"], set(state["warned"])
 
     def _after_step(self, *_: Any) -> None:
         self.step += 1
         for watched in self._watched:
-            _advance(watched)
+            _advance(watched, self.optimizer.param_groups[watched.group])
+            _note_gradients(watched)
         if self.step % self.every == 0:
             self.look()
 
@@ -183,12 +216,12 @@ class EmbeddingWatch:
                     file.write(json.dumps(finite, allow_nan=False) + "\n")
         if self._writer is not None:
             for look in looks:
-                for name in ("largest", "envelope", "push", "rows"):
+                for name in ("largest", "envelope", "push", "rows", "silent"):
                     self._writer.add_scalar(f"embedding/{look.name}/{name}", getattr(look, name), look.step)
 
 
 def _watched(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[_Watched]:
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    groups = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
     modules = list(model.named_modules())
     embeddings = {
         f"{name}.weight" if name else "weight": m.weight
@@ -203,10 +236,13 @@ def _watched(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[_Watche
     for name, weight in {**embeddings, **heads}.items():
         if id(weight) in found or id(weight) not in groups:
             continue
-        group = groups[id(weight)]
+        place = groups[id(weight)]
+        group = optimizer.param_groups[place]
         role = "head" if name in heads else "tied" if id(weight) in tied else "embedding"
-        watched = _Watched(name, weight, group, role, _is_sign(optimizer, group), 0.0, 0.0)
-        watched.start, watched.size, _ = _measure(watched, math.inf)
+        start, size, *_ = _measure(weight, math.inf, group, None)
+        watched = _Watched(name, weight, place, role, _is_sign(optimizer, group), start, size)
+        if watched.signs and role == "embedding":
+            watched.seen = torch.zeros(len(local(weight)), device=weight.device)
         found[id(weight)] = watched
     if not found:
         raise ValueError(
@@ -220,9 +256,8 @@ def _is_sign(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool
     return "beta" in group or update_kind(optimizer, group, {}) == "lion"
 
 
-def _advance(watched: _Watched) -> None:
+def _advance(watched: _Watched, group: Mapping[str, Any]) -> None:
     """Takes envelope and push one step further."""
-    group = watched.group
     if not watched.signs or group.get("micro_step", 0):  # between two micro-batches nothing moves
         return
     scale, eta, decay = group.get("scale", 1.0), float(group["lr"]), float(group.get("weight_decay", 0.0))
@@ -236,26 +271,44 @@ def _advance(watched: _Watched) -> None:
 
 
 @torch.no_grad()
-def _measure(watched: _Watched, bound: float) -> tuple[float, float, int]:
+def _note_gradients(watched: _Watched) -> None:
+    """Notes which rows have a gradient at this step."""
+    gradient = watched.parameter.grad
+    if watched.seen is None:
+        return
+    if gradient is None:
+        watched.seen.fill_(watched.push)  # not known: as if they all had
+    elif gradient.is_sparse:
+        watched.seen[gradient._indices()[0]] = watched.push
+    else:  # a few components tell of the row, and reading them costs little
+        some = local(gradient).flatten(1)[:, :4]
+        watched.seen.masked_fill_((some != 0).any(dim=1), watched.push)
+
+
+@torch.no_grad()
+def _measure(
+    parameter: Tensor, level: float, group: Mapping[str, Any], quiet: Tensor | None
+) -> tuple[float, float, int, int]:
     """Largest |entry| of a matrix, the RMS that Tiger's step is in proportion to (the largest of a
-    row, or the whole matrix's), and how many rows have more than a tenth of their components beyond
-    0.8 of ``bound``."""
-    parameter = watched.parameter
+    row, or the whole matrix's), how many rows have more than a tenth of their components beyond
+    0.8 of ``level``, and how many of these are ``quiet``."""
     weight = local(parameter.detach()).flatten(1)
     most = torch.linalg.vector_norm(weight, math.inf, dim=1)
     norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
-    count = weight.new_zeros((), dtype=torch.float64)
-    for rows in (most > NEAR * bound).nonzero().squeeze(1).split(max(1, 2**22 // weight.shape[1])):
-        count += saturated_rows(weight[rows], bound).sum()
-    highest = torch.stack([x.max().double() if len(x) else count.new_zeros(()) for x in (most, norms)])
-    sums = torch.stack([norms.double().square().sum(), count])
+    counts = weight.new_zeros(2, dtype=torch.float64)
+    for rows in (most > NEAR * level).nonzero().squeeze(1).split(max(1, 2**22 // weight.shape[1])):
+        rows = rows[saturated_rows(weight[rows], level)]
+        counts[0] += len(rows)
+        counts[1] += 0 if quiet is None else quiet[rows].sum()
+    highest = torch.stack([x.max().double() if len(x) else counts.new_zeros(()) for x in (most, norms)])
+    sums = torch.cat([norms.double().square().sum()[None], counts])
     if is_sharded(parameter):
         add_up(parameter, sums)
         add_up(parameter, highest, torch.distributed.ReduceOp.MAX)
-    largest, longest, squares, rows_near = *highest.tolist(), *sums.tolist()
+    largest, longest, squares, near, silent = *highest.tolist(), *sums.tolist()
     rms = math.sqrt(squares / parameter.numel())
-    size = longest / weight.shape[1] ** 0.5 if watched.group.get("scale") == "row_rms" else rms
-    return largest, size, int(rows_near)
+    size = longest / weight.shape[1] ** 0.5 if group.get("scale") == "row_rms" else rms
+    return largest, size, int(near), int(silent)
 
 
 def _is_first() -> bool:
@@ -264,7 +317,7 @@ def _is_first() -> bool:
     return not distributed or torch.distributed.get_rank() == 0
 
 
-def _advice(look: Look, watched: _Watched) -> str:
+def _advice(look: Look, watched: _Watched, running: int) -> str:
     cure = {
         "embedding": "Make its rows lazy (param_groups(model, embedding={'lazy': 'grad'})) or give it to "
         "AdamW (minisign.Hybrid)",
@@ -277,7 +330,7 @@ def _advice(look: Look, watched: _Watched) -> str:
         f", on their way to ±1/λ = ±{look.bound:.4g}" if look.bound < math.inf else ", without end at λ = 0"
     )
     return (
-        f"step {look.step}: {look.rows:,} of {len(watched.parameter):,} rows of {look.name} stand at "
+        f"step {look.step}: {running:,} of {len(watched.parameter):,} rows of {look.name} stand at "
         f"±{look.push:.4g}, as far as the sign optimizer can have taken them{end}. {cure}; "
         "minisign.repair.reset_rows, or `minisign repair` on a checkpoint, mends the rows that are there."
     )
