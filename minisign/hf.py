@@ -36,6 +36,7 @@ class EmbeddingCallback(TrainerCallback, ExportableState):
     def __init__(self, every: int = 100, folder: str | Path | None = None) -> None:
         self.every, self.folder = every, folder
         self.watch: EmbeddingWatch | None = None
+        self.saved: dict[str, Any] = {}  # the state of a watch to go on from; the Trainer may set it
 
     def on_train_begin(
         self,
@@ -59,10 +60,11 @@ class EmbeddingCallback(TrainerCallback, ExportableState):
                 optimizer.optimizer
             )  # accelerate and others wrap it, and the hooks are the inner one's
         self.watch = EmbeddingWatch(model, optimizer, self.every, folder=self.folder or args.output_dir)
-        callbacks: Any = state.stateful_callbacks
-        saved = callbacks.get(type(self).__name__, self.state())["attributes"]
-        if state.global_step and "watch" in saved:
-            self.watch.load_state_dict(saved["watch"])
+        if state.global_step:  # it resumes
+            callbacks: Any = state.stateful_callbacks
+            saved = callbacks.get(type(self).__name__, self.state())["attributes"]["saved"]
+            if saved:
+                self.watch.load_state_dict(saved)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Looks a last time."""
@@ -74,5 +76,5 @@ class EmbeddingCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """What the Trainer saves of this callback."""
         folder = None if self.folder is None else str(self.folder)
-        kept = {} if self.watch is None else {"watch": self.watch.state_dict()}
-        return {"args": {"every": self.every, "folder": folder}, "attributes": kept}
+        saved = self.saved if self.watch is None else self.watch.state_dict()
+        return {"args": {"every": self.every, "folder": folder}, "attributes": {"saved": saved}}

@@ -187,7 +187,7 @@ class EmbeddingWatch:
         Raises:
             ValueError: the other watched other matrices.
         """
-        names, others = [w.name for w in self._watched], list(state["watched"])
+        names, others = sorted(w.name for w in self._watched), sorted(state["watched"])
         if names != others:
             raise ValueError(f"the state is of a watch of {others}, this one watches {names}")
         for watched in self._watched:
