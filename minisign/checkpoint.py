@@ -1,6 +1,6 @@
 """Checkpoints of a run: whole or not there, checked before they are believed, for any number of processes.
 
-    checkpoints/00000400/run.json       what is no tensor, and the SHA-256 of every other file
+    checkpoints/00000400/run.json       what is no tensor, and the SHA-256 of that and of every other file
     checkpoints/00000400/.metadata      which piece of which tensor is where
     checkpoints/00000400/__0_0.distcp   the pieces that the first process had; __1_0.distcp, …
 
@@ -12,6 +12,7 @@ before. The last two are kept: if the newer is damaged, the older is used.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import pathlib
 import pickle
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_pieces
@@ -36,6 +38,7 @@ from minisign.parallel import ALONE, World
 FOLDER, RECORD, METADATA = "checkpoints", "run.json", ".metadata"
 FORMAT = "minisign checkpoint 2"
 KEPT = 2
+ANY = (Exception, CheckpointException)  # the latter is what torch wraps errors in, and is no Exception
 logger = logging.getLogger(__name__)
 
 
@@ -72,7 +75,7 @@ class Checkpoint:
         try:
             with _quiet():
                 load_pieces(dict(tensors), storage_reader=_Reader(self.path), no_dist=world.engine is None)
-        except Exception as error:  # what a damaged file raises depends on where the damage is
+        except ANY as error:  # what a damaged file raises depends on where the damage is
             raise Damaged(f"{self.path} cannot be read: {_reason(error)}") from None
 
 
@@ -108,13 +111,14 @@ def save(
                 save_pieces(dict(tensors), storage_writer=writer, no_dist=world.engine is None)
             if world.rank == 0:
                 hashes = {f.name: _sha256(f) for f in sorted(partial.iterdir())}
-                write_json(partial / RECORD, {**record, "format": FORMAT, "step": step, "sha256": hashes})
+                written = {**record, "format": FORMAT, "step": step, "sha256": hashes}
+                write_json(partial / RECORD, {**written, "sha256": {RECORD: _digest(written), **hashes}})
                 sync(partial / RECORD)
                 if final.exists():  # a run that went back, or was begun anew, in the same folder
                     shutil.rmtree(final)
                 partial.rename(final)
                 sync(folder)
-        except Exception as error:  # torch wraps what was raised, on whichever process
+        except ANY as error:  # torch wraps what was raised, on whichever process
             problem = _reason(error)
         if problem := world.agree(problem):
             raise OSError(f"cannot write {final}: {problem}")
@@ -175,8 +179,11 @@ def read(path: Path) -> Checkpoint:
     hashes = record.get("sha256")
     if record.get("format") != FORMAT or not isinstance(hashes, dict) or METADATA not in hashes:
         raise Damaged(f"{path} is not a checkpoint of minisign ({FORMAT!r})")
-    if record.get("step") != int(path.name):
-        raise Damaged(f"{path} is damaged: {RECORD} is of step {record.get('step')}")
+    own = hashes.pop(RECORD, None)
+    if own != _digest(record):
+        raise Damaged(f"{path / RECORD} is damaged: it is not what was written")
+    if record["step"] != int(path.name):
+        raise Damaged(f"{path} is damaged: {RECORD} is of step {record['step']}")
     for name, expected in hashes.items():
         if pathlib.PurePath(name).name != name or not (path / name).is_file():
             raise Damaged(f"{path} is damaged: there is no {name}")
@@ -242,6 +249,11 @@ class _Unpickler(pickle.Unpickler):
         if module.split(".")[0] == "pathlib" and name.endswith("Path"):
             return pathlib.PurePath  # where it was written; not needed
         raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint")
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    """SHA-256 of a record, however its JSON is laid out."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

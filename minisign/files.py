@@ -12,15 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls ``write`` on a temporary file beside ``path`` and moves it there once it is complete."""
+    """Calls ``write`` on a temporary file beside ``path`` and moves it there once it is complete.
+
+    Raises:
+        OSError: it cannot be written, and what was there before is there still.
+    """
     partial = path.with_name(f".{path.name}.partial")
     try:
         write(partial)
         sync(partial)
         partial.replace(path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # of torch.save, and of save_file
+        reason = (isinstance(error, OSError) and error.strerror) or one_line(error)
+        raise OSError(f"cannot write {path}: {reason}") from error
     finally:
         partial.unlink(missing_ok=True)
 

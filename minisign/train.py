@@ -365,9 +365,8 @@ class Run:
             steps: a new total of steps, for runs with a constant rate.
 
         Raises:
-            ValueError: no checkpoint there, no sound one, a text that has changed, or ``steps`` that the
-            run
-                cannot have.
+            ValueError: no checkpoint there, no sound one, a text that has changed, or ``steps`` that this
+                run cannot have.
         """
         saved = checkpoint.newest(directory, world)
         path, record = saved.path, saved.record
@@ -390,12 +389,20 @@ class Run:
                 f"the text is not the one {path} was trained on: SHA-256 {tokens.sha256[:12]}…, "
                 f"expected {str(expected)[:12]}…"
             )
-        run = cls(config, tokens, device, world)
         try:
+            run = cls(config, tokens, device, world)
             run._load(saved)
         except checkpoint.Damaged:
             raise
-        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            MemoryError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise ValueError(f"{path} does not fit its own configuration: {one_line(error)}") from None
         return run
 
