@@ -182,8 +182,8 @@ def read(path: Path) -> Checkpoint:
     own = hashes.pop(RECORD, None)
     if own != _digest(record):
         raise Damaged(f"{path / RECORD} is damaged: it is not what was written")
-    if record["step"] != int(path.name):
-        raise Damaged(f"{path} is damaged: {RECORD} is of step {record['step']}")
+    if record.get("step") != int(path.name):
+        raise Damaged(f"{path} is damaged: {RECORD} is of step {record.get('step')}")
     for name, expected in hashes.items():
         if pathlib.PurePath(name).name != name or not (path / name).is_file():
             raise Damaged(f"{path} is damaged: there is no {name}")

@@ -23,12 +23,15 @@ GENDERS = 3
 TOPICS = 12
 
 
+LARGEST = 100_000_000  # words: what takes minutes and a gigabyte; more is taken for a mistake
+
+
 @dataclass(frozen=True)
 class CorpusConfig:
     """What :func:`generate` writes.
 
     Args:
-        words: about how many words; the text ends with the document that reaches them.
+        words: about how many words, up to 100 million; the text ends with the document that reaches them.
         exponent: s of Zipf's law; 0 makes all words of a class equally frequent.
         rare_share: share of the documents in the rare language, in [0, 1].
         seed: of everything random.
@@ -42,8 +45,8 @@ class CorpusConfig:
     def __post_init__(self) -> None:
         if isinstance(self.words, bool) or not isinstance(self.words, int):
             raise TypeError(f"words must be a whole number, got {self.words!r}")
-        if self.words < 1:
-            raise ValueError(f"words must be 1 or more, got {self.words}")
+        if not 1 <= self.words <= LARGEST:
+            raise ValueError(f"words must be 1 to {LARGEST:,}, got {self.words}")
         if not 0 <= self.exponent <= 4:
             raise ValueError(f"exponent must be in [0, 4], got {self.exponent}")
         if not 0 <= self.rare_share <= 1:

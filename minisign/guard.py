@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minisign.files import prepare_out, read_checkpoint, write_json, write_whole
+from minisign.files import MISFITS, one_line, prepare_out, read_checkpoint, write_json, write_whole
 from minisign.probes import BEYOND, Blocks, coming_updates, default_blocks, update_kind
 
 ACTIONS = ("warn", "skip", "slow", "back")
@@ -233,17 +233,23 @@ class SpikeGuard:
             partial.unlink()
         if not (saved := self._saved()):
             return 0
-        own = self._load(saved[-1])
-        for name, thing in self.also.items():
-            if name not in own["also"]:
-                raise ValueError(f"{saved[-1]} has no {name!r}: it has {sorted(own['also'])}")
-            thing.load_state_dict(own["also"][name])
-        self.step, self._slow_left, self._resumed = own["step"], own["slow_left"], True
-        self._in_a_row, self._quiet = own["in_a_row"], own["quiet"]
-        self._losses.extend(own["losses"])
-        self._recent.extend(own["recent"])
         if (file := self.folder / EVENTS).exists():
-            self.events = [Event(**event) for event in json.loads(file.read_text())]
+            try:
+                self.events = [Event(**event) for event in json.loads(file.read_bytes())]
+            except (RecursionError, TypeError, ValueError) as error:
+                raise ValueError(f"{file} is damaged: {one_line(error)}") from None
+        own = self._load(saved[-1])
+        try:
+            for name, thing in self.also.items():
+                if name not in own["also"]:
+                    raise ValueError(f"it has no {name!r}, but {sorted(own['also'])}")
+                thing.load_state_dict(own["also"][name])
+            self.step, self._slow_left, self._resumed = own["step"], own["slow_left"], True
+            self._in_a_row, self._quiet = own["in_a_row"], own["quiet"]
+            self._losses.extend(own["losses"])
+            self._recent.extend(own["recent"])
+        except MISFITS as error:
+            raise ValueError(f"{saved[-1]} does not fit: {one_line(error)}") from None
         return self.step
 
     # --- noticing ---------------------------------------------------------------------------------
@@ -400,8 +406,8 @@ class SpikeGuard:
         try:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise ValueError(f"{path} does not fit: {str(error).splitlines()[0]}") from None
+        except MISFITS as error:
+            raise ValueError(f"{path} does not fit: {one_line(error)}") from None
         return saved
 
 

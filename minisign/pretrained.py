@@ -192,21 +192,23 @@ def _hugging_face(path: Path, folder: Path, architecture: str, tokenizer: Path) 
         "roberta": transformers.RobertaForMaskedLM,
     }
     weights = _weights(path)
-    try:
-        with _quiet(transformers):
-            config = transformers.AutoConfig.for_model(**read_json(folder / CONFIG))
-            model, report = classes[architecture].from_pretrained(
-                None,
-                config=config,
-                state_dict=weights,
-                attn_implementation="eager",
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # reported, and refused below
-            )
-    except Exception as error:  # what a bad config raises depends on which field is bad
+    with _taken_by(transformers, folder / CONFIG):
+        config = transformers.AutoConfig.for_model(**read_json(folder / CONFIG))
+    # Before so many are built.
+    layers = {match[1] for name in weights if (match := re.search(r"(?:^|\.)(?:h|layer)\.(\d+)\.", name))}
+    if len(layers) != config.num_hidden_layers:
         raise ValueError(
-            f"{folder / CONFIG} is not one that transformers takes: {one_line(error)}"
-        ) from None
+            f"{path} has {len(layers)} layers, {config.num_hidden_layers} by {folder / CONFIG}"
+        )
+    with _taken_by(transformers, folder / CONFIG):
+        model, report = classes[architecture].from_pretrained(
+            None,
+            config=config,
+            state_dict=weights,
+            attn_implementation="eager",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported, and refused below
+        )
     for name, found, expected in sorted(report["mismatched_keys"]):
         raise ValueError(
             f"{path} does not fit {folder / CONFIG}: {name} is {list(found)}, by the configuration "
@@ -216,11 +218,6 @@ def _hugging_face(path: Path, folder: Path, architecture: str, tokenizer: Path) 
         raise ValueError(
             f"{path} has no {missing[0]} ({len(missing)} tensors are missing): it is no whole language "
             "model (of a checkpoint in shards, give the folder)"
-        )
-    layers = {match[1] for name in weights if (match := re.search(r"(?:^|\.)(?:h|layer)\.(\d+)\.", name))}
-    if len(layers) != config.num_hidden_layers:
-        raise ValueError(
-            f"{path} has {len(layers)} layers, {config.num_hidden_layers} by {folder / CONFIG}"
         )
     model = model.float().eval()
     reader = hugging_face_tokenizer(tokenizer)
@@ -258,7 +255,7 @@ def _weights(path: Path) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def _taken_by(transformers: Any, config: Path) -> Iterator[None]:
     """No log lines or bars of transformers: what is wrong is said in one line, as an error."""
     logs = transformers.utils.logging
     level, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
@@ -266,6 +263,8 @@ def _quiet(transformers: Any) -> Iterator[None]:
     logs.disable_progress_bar()
     try:
         yield
+    except Exception as error:  # what a bad config raises depends on which field is bad
+        raise ValueError(f"{config} is not one that transformers takes: {one_line(error)}") from None
     finally:
         logs.set_verbosity(level)
         if bars:

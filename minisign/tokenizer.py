@@ -55,7 +55,8 @@ def train_encoding(text: str, vocab_size: int) -> tiktoken.Encoding:
     if vocab_size < SMALLEST_VOCABULARY:
         raise ValueError(f"vocab_size must be at least {SMALLEST_VOCABULARY}, got {vocab_size}")
     tokenizer = rustbpe.Tokenizer()
-    tokenizer.train_from_iterator([text], vocab_size)
+    most = SMALLEST_VOCABULARY + len(text.encode())  # each merge takes a byte at least
+    tokenizer.train_from_iterator([text], min(vocab_size, most))
     return tiktoken.Encoding(
         "minisign",
         pat_str=tokenizer.get_pattern(),

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from minisign import checkpoint
 from minisign.checkpoint import Checkpoint
 from minisign.corpus import DEFAULT as DEFAULT_CORPUS, CorpusConfig, generate
-from minisign.files import one_line, write_json, write_whole
+from minisign.files import MISFITS, one_line, write_json, write_whole
 from minisign.gpt import GPT, GPTConfig
 from minisign.optim import AdamW, Hybrid, Lion, Signum, Tiger, param_groups, track_rows
 from minisign.optim.base import check_number
@@ -125,7 +125,7 @@ class Config:
             check_number("clip", self.clip, 0.0)
             if not self.clip:
                 raise ValueError("clip must be positive, got 0: it would stop the training")
-        for name, least in (("batch", 1), ("steps", 1), ("warmup", 0), ("seed", 0)):
+        for name, least in (("vocab_size", 1), ("batch", 1), ("steps", 1), ("warmup", 0), ("seed", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be a whole number, got {value!r}")
@@ -394,15 +394,7 @@ class Run:
             run._load(saved)
         except checkpoint.Damaged:
             raise
-        except (
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            MemoryError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except MISFITS as error:
             raise ValueError(f"{path} does not fit its own configuration: {one_line(error)}") from None
         return run
 

@@ -222,8 +222,8 @@ def _of_safetensors(file: Path) -> list[Stored]:
 
 
 def _of_torch(file: Path) -> list[Stored]:
-    whole = not zipfile.is_zipfile(file)
     try:
+        whole = not zipfile.is_zipfile(file)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about formats of old
             if whole:

@@ -28,14 +28,23 @@ import minisign.train
 from minisign import Lion
 from minisign.checkpoint import RECORD, _digest, newest
 from minisign.corpus import CorpusConfig
-from minisign.guard import SpikeGuard
+from minisign.files import write_json
+from minisign.guard import EVENTS, Event, SpikeGuard
 from minisign.inspection import inspect_checkpoint, token_texts_of
 from minisign.pretrained import load_subject
 from minisign.tokenizer import token_texts, train_encoding
 from minisign.train import Config, Run, load_tokens, train
 
 # What would run a program. Code of installed modules may run: errors import what they need late.
-EVENTS = ("exec", "os.system", "os.exec", "os.fork", "os.posix_spawn", "subprocess.Popen", "socket.connect")
+PROGRAMS = (
+    "exec",
+    "os.system",
+    "os.exec",
+    "os.fork",
+    "os.posix_spawn",
+    "subprocess.Popen",
+    "socket.connect",
+)
 SECONDS = 30  # one file may take
 GIBIBYTES = 3  # that the process may take beside what it has
 CONFIG = Config(
@@ -169,7 +178,7 @@ def _resealed_record(folder: Path) -> Reader:
     resume, path = _resumed(folder)
 
     def seal() -> None:
-        with contextlib.suppress(ValueError, LookupError, TypeError):  # no JSON any more: as it is
+        with contextlib.suppress(Exception):  # no JSON any more: it stays as it is
             resealed(path)
 
     return Reader(path / RECORD, resume, seal)
@@ -195,6 +204,13 @@ def _guard(folder: Path) -> Reader:
         if guard.check(torch.tensor(1.0)):
             optimizer.step()
     return Reader(sorted(folder.glob("*.pt"))[-1], guard.resume)
+
+
+def _guard_events(folder: Path) -> Reader:
+    reader = _guard(folder)
+    event = Event(3, "loss", "", "9.5", 6.0, "warn")
+    write_json(folder / EVENTS, [dataclasses.asdict(event)])
+    return Reader(folder / EVENTS, reader.read)
 
 
 def _tiktoken(folder: Path) -> Reader:
@@ -256,6 +272,7 @@ READERS: dict[str, tuple[Callable[[Path], Reader], int]] = {  # and how many fil
     "metadata": (_metadata, 1200),
     "pieces": (_pieces, 1000),
     "guard": (_guard, 800),
+    "guard events": (_guard_events, 300),
     "tiktoken": (_tiktoken, 400),
     "tokenizer": (_tokenizer, 400),
     "own config": (_own_config, 400),
@@ -307,7 +324,7 @@ def _read_all(name: str, folder: Path, count: int, seed: int, log: Path) -> None
     reading = False
 
     def audit(event: str, arguments: tuple[object, ...]) -> None:
-        if reading and event in EVENTS and not (event == "exec" and _is_installed(arguments[0])):
+        if reading and event in PROGRAMS and not (event == "exec" and _is_installed(arguments[0])):
             harm.append(f"{event} {arguments[0]!r}"[:300])
 
     reader = (READERS[name][0] if name in READERS else HARMFUL[name])(folder)

@@ -365,7 +365,7 @@ def test_resuming_restores_what_else_was_saved(tmp_path: Path) -> None:
         schedule.step()
     other = Loop()
     schedule = torch.optim.lr_scheduler.StepLR(other.optimizer, 10)
-    with pytest.raises(ValueError, match=r"has no 'scaler': it has \['lr'\]"):
+    with pytest.raises(ValueError, match=r"has no 'scaler', but \['lr'\]"):
         SpikeGuard(other.model, other.optimizer, folder=tmp_path, also={"scaler": schedule}).resume()
     guard = SpikeGuard(other.model, other.optimizer, folder=tmp_path, also={"lr": schedule})
     assert guard.resume() == 7

@@ -377,7 +377,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
         "transformer.h.0.attn.c_attn.bias is [48], by the configuration [24]",
     ),
     "fewer layers in the config": (spoil_config(n_layer=2), "has 3 layers, 2 by"),
-    "more layers in the config": (spoil_config(n_layer=4), "it is no whole language model"),
+    "more layers in the config": (spoil_config(n_layer=4), "has 3 layers, 4 by"),
     "a field of another kind": (spoil_config(n_layer="three"), "is not one that transformers takes"),
     "unknown activation": (
         spoil_config(activation_function="?"),

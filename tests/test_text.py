@@ -108,7 +108,7 @@ def test_weights_are_whole_and_positive() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"words": 0}, ValueError, "words must be 1 or more, got 0"),
+        ({"words": 0}, ValueError, "words must be 1 to 100,000,000, got 0"),
         ({"words": 1.5}, TypeError, "got 1.5"),
         ({"exponent": -1}, ValueError, r"exponent must be in \[0, 4\], got -1"),
         ({"exponent": float("nan")}, ValueError, "got nan"),
