@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -37,8 +38,8 @@ LOG = "embedding_watch.jsonl"
 GROWN = 3.0  # times what is left of the largest entry at the start: so far the push must be to stand out
 ROWS = 3, 0.001  # so many rows, and such a share of them, must be pushed for a warning
 SILENT = 0.5  # of the push: a row that has got no gradient for so much of it moved by its old sign alone
-# Rows with a gradient may be pushed for a while and come back: those of an output layer are, at first. They
-# count only where the push is this near to the bound.
+# Where every row has a gradient, all are pushed for a while and most come back: they count only when the
+# push is this near to the bound.
 LATE = 0.5
 
 
@@ -60,8 +61,8 @@ class Look:
         rows: how many rows have more than a tenth of their components beyond 0.8 of the push, once that is
             three times what is left of the largest entry at the start; before, and without an envelope,
             beyond 0.8 of the bound.
-        silent: how many of these went half of that way without a gradient; 0 for an output layer, whose
-            rows always have one, and where the gradients are gone when the optimizer has made its step.
+        silent: how many of these went half of that way without a gradient; 0 where every row has one (in an
+            output layer), or it is freed before the step (``release_grads``).
     """
 
     step: int
@@ -161,12 +162,15 @@ class EmbeddingWatch:
             look = Look(self.step, watched.name, largest, watched.envelope, push, bound, rows, silent)
             self.looks[watched.name].append(look)
             found.append(look)
-            running = rows if level >= LATE * bound else silent
+            if watched.seen is not None:
+                running = silent if stands_out else rows
+            else:
+                running = rows if level >= LATE * bound else 0
             enough = running >= max(ROWS[0], ROWS[1] * len(watched.parameter))
             if watched.signs and enough and watched.name not in self.warned:
                 self.warned.add(watched.name)
                 if _is_first():
-                    warnings.warn(_advice(look, watched, running), EmbeddingWarning, stacklevel=2)
+                    warnings.warn(_advice(look, watched, running), EmbeddingWarning, _line_of_the_loop())
         self._write(found)
         return found
 
@@ -200,7 +204,10 @@ class EmbeddingWatch:
     def _after_step(self, *_: Any) -> None:
         self.step += 1
         for watched in self._watched:
-            _advance(watched, self.optimizer.param_groups[watched.group])
+            group = self.optimizer.param_groups[watched.group]
+            if watched.parameter.grad is None and not _may_move_without(group):
+                continue
+            _advance(watched, group)
             _note_gradients(watched)
         if self.step % self.every == 0:
             self.look()
@@ -241,7 +248,7 @@ def _watched(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[_Watche
         role = "head" if name in heads else "tied" if id(weight) in tied else "embedding"
         start, size, *_ = _measure(weight, math.inf, group, None)
         watched = _Watched(name, weight, place, role, _is_sign(optimizer, group), start, size)
-        if watched.signs and role == "embedding":
+        if watched.signs and role == "embedding" and not group.get("release_grads"):
             watched.seen = torch.zeros(len(local(weight)), device=weight.device)
         found[id(weight)] = watched
     if not found:
@@ -254,6 +261,11 @@ def _watched(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[_Watche
 
 def _is_sign(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:
     return "beta" in group or update_kind(optimizer, group, {}) == "lion"
+
+
+def _may_move_without(group: Mapping[str, Any]) -> bool:
+    """Whether a step may move a parameter that has no gradient by then: Tiger may have taken it before."""
+    return bool(group.get("release_grads")) or group.get("accumulate", 1) > 1
 
 
 def _advance(watched: _Watched, group: Mapping[str, Any]) -> None:
@@ -274,11 +286,9 @@ def _advance(watched: _Watched, group: Mapping[str, Any]) -> None:
 def _note_gradients(watched: _Watched) -> None:
     """Notes which rows have a gradient at this step."""
     gradient = watched.parameter.grad
-    if watched.seen is None:
+    if watched.seen is None or gradient is None:
         return
-    if gradient is None:
-        watched.seen.fill_(watched.push)  # not known: as if they all had
-    elif gradient.is_sparse:
+    if gradient.is_sparse:
         watched.seen[gradient._indices()[0]] = watched.push
     else:  # a few components tell of the row, and reading them costs little
         some = local(gradient).flatten(1)[:, :4]
@@ -315,6 +325,14 @@ def _is_first() -> bool:
     """Whether this process, of those that train together, is the one that warns and writes."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return not distributed or torch.distributed.get_rank() == 0
+
+
+def _line_of_the_loop() -> int:
+    """How many calls up the training loop is: the first that is neither torch's nor this package's."""
+    level, frame = 0, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("torch", "minisign"):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _advice(look: Look, watched: _Watched, running: int) -> str:

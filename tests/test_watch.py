@@ -134,6 +134,21 @@ def test_micro_batches_make_no_step() -> None:
     assert look.largest == pytest.approx(look.envelope, rel=1e-6)
 
 
+def test_without_a_gradient_nothing_moves() -> None:
+    model = Bag()
+    optimizer = OPTIMIZERS["lion"]([model.tokens.weight, model.head.weight])
+    watch = EmbeddingWatch(model, optimizer, every=1)
+    always_the_same(model, optimizer, 2)
+    assert [watch.looks[name][-1].push > 0 for name in ("tokens.weight", "head.weight")] == [True, False]
+    # But for one that was taken within the backward pass.
+    model = Bag()
+    optimizer = Tiger(model.parameters(), lr=0.01, scale=1.0, release_grads=True)
+    watch = EmbeddingWatch(model, optimizer, every=1)
+    fit(model, optimizer, 2)
+    assert model.tokens.weight.grad is None
+    assert watch.looks["tokens.weight"][-1].push == pytest.approx(0.02, rel=0.01)
+
+
 def test_follows_a_loaded_state(tmp_path: Path) -> None:
     """``load_state_dict`` of an optimizer makes new groups; the rate of the old ones no longer changes."""
     model = Bag()
@@ -176,6 +191,7 @@ def warnings_of(
         watch = EmbeddingWatch(model, made, every=10, **options)
         fit(model, made, steps)
     assert all(x.category is EmbeddingWarning for x in caught)
+    assert all(x.filename == __file__ for x in caught)  # the loop's line, not one of torch or the watch
     return [str(x.message) for x in caught], watch
 
 
@@ -254,6 +270,14 @@ def test_without_decay_there_is_no_end() -> None:
     assert "without end at λ = 0" in message
 
 
+def test_released_gradients_are_warned_of_late() -> None:
+    options = dict(lr=0.01, weight_decay=0.25, scale=1.0, release_grads=True)
+    messages, watch = warnings_of(lambda m: Tiger(m.parameters(), **options))
+    (message,) = (x for x in messages if "rows of tokens.weight" in x)
+    first = next(x for x in watch.looks["tokens.weight"] if f"step {x.step}:" in message)
+    assert 0.5 * first.bound <= first.push < 0.6 * first.bound
+
+
 def test_a_matrix_that_is_saturated_already() -> None:
     model = Bag()
     with torch.no_grad():
@@ -282,7 +306,7 @@ def test_resumes() -> None:
             second[0].load_state_dict(state)
 
     with pytest.warns(EmbeddingWarning):
-        fit(model, optimizer, 150, exchange)
+        fit(model, optimizer, 300, exchange)
     looks = [*first.looks["tokens.weight"], *second[0].looks["tokens.weight"]]
     # Which rows were silent is noted anew.
     whole_looks = [replace(x, silent=0) for x in whole.looks["tokens.weight"]]
