@@ -31,6 +31,7 @@ from minisign.lessons import (
     skewed_corpus,
     stingy_memory,
     why_one_over_lambda,
+    your_own_model,
 )
 
 # --- the notebooks' first cell, and verdicts ------------------------------------------------------
@@ -796,6 +797,81 @@ CASES |= {
                 (lambda theta, m, *rest: hook(True, True)(theta.clone(), m, *rest),),
                 "θ has not made 1 steps",
             ),
+        ],
+    ),
+}
+
+
+def envelope(start: float, rates: Any, decay: float) -> Any:
+    found = []
+    for eta in rates:
+        start = start * (1 - eta * decay) + eta
+        found.append(start)
+    return found
+
+
+def steps_of_silence(eta: float, decay: float, share: float) -> int:
+    return math.ceil(math.log(1 - share) / math.log(1 - eta * decay))
+
+
+def groups_by(is_spared: Any) -> Any:
+    def answer(model: Any, weight_decay: float) -> Any:
+        groups: Any = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
+        for module_name, module in model.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                groups[bool(is_spared(module, f"{module_name}.{name}"))]["params"].append(parameter)
+        return groups
+
+    return answer
+
+
+def by_module(module: Any, name: str) -> bool:
+    return isinstance(module, torch.nn.LayerNorm) or name.endswith(".bias")
+
+
+def by_name(module: Any, name: str) -> bool:
+    return any(part in name for part in ("bias", "LayerNorm.weight"))
+
+
+CASES |= {
+    your_own_model.check_envelope: (
+        (envelope,),
+        [
+            ((lambda start, rates, decay: envelope(0.0, rates, decay),), "from 0.1 with rates [0.01]"),
+            (
+                (lambda start, rates, decay: envelope(start, rates, 0.0),),
+                "after step 1, the answer is 0.11",
+            ),
+            (
+                (lambda start, rates, decay: envelope(start, rates, decay)[-1:],),
+                "40 steps there are 1 values",
+            ),
+            ((empty,), "still empty"),
+            ((nothing,), "returns nothing"),
+        ],
+    ),
+    your_own_model.check_steps_of_silence: (
+        (steps_of_silence,),
+        [
+            (
+                (lambda *x: steps_of_silence(*x) - 1,),
+                "is at 75% of the bound after 2 steps, the answer is 1",
+            ),
+            ((lambda eta, decay, share: share / eta,), "after 2 steps, the answer is 1"),
+            ((empty,), "still empty"),
+        ],
+    ),
+    your_own_model.check_groups: (
+        (groups_by(by_module),),
+        [
+            ((groups_by(by_name),), "unbiased.weight has a weight decay of 0, not 0.25"),
+            (
+                (groups_by(lambda m, name: by_name(m, name) and "un" not in name),),
+                "mlp.1.weight has a weight decay of 0.25, not 0",
+            ),
+            ((groups_by(lambda m, name: False),), "LayerNorm.weight has a weight decay of 0.25, not 0"),
+            ((lambda model, decay: [],), "wte.weight is in 0 groups"),
+            ((nothing,), "returns nothing"),
         ],
     ),
 }
