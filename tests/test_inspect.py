@@ -52,10 +52,15 @@ def blown_up(v: int = 400, d: int = 32, bound: float = 100.0, every: int = 20) -
 
 @pytest.mark.parametrize("weight_decay", [None, 0.1])
 def test_no_false_alarm_in_200_healthy_matrices(weight_decay: float | None) -> None:
-    made = [healthy(HELD_OUT + i) for i in range(200)]
-    assert {m.family for m in made} == set(HEALTHY)
-    assert {m.weight.dtype for m in made} == {torch.float32, torch.bfloat16, torch.float16}
-    alarms = [(i, m.family) for i, m in enumerate(made) if inspected(m.weight, weight_decay).saturated]
+    alarms, families, dtypes = [], set(), set()
+    for i in range(200):  # one at a time: all of them are nine gigabytes
+        made = healthy(HELD_OUT + i)
+        families.add(made.family)
+        dtypes.add(made.weight.dtype)
+        if inspected(made.weight, weight_decay).saturated:
+            alarms.append((i, made.family))
+    assert families == set(HEALTHY)
+    assert dtypes == {torch.float32, torch.bfloat16, torch.float16}
     assert alarms == []
 
 
@@ -334,8 +339,10 @@ def test_large_matrices_are_read_in_slices(tmp_path: Path) -> None:
             file.seek(start + i * d * 4)
             file.write(row)
         file.truncate(start + v * d * 4)
-    code = "import sys, resource; from minisign.cli import main; rc = main(sys.argv[1:]);"
-    code += "print(rc, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    # Not ru_maxrss, which a new process takes over from the one that started it.
+    code = "import sys; from minisign.cli import main; rc = main(sys.argv[1:]);"
+    code += "status = dict(line.split(':', 1) for line in open('/proc/self/status'));"
+    code += "print(rc, status['VmHWM'].split()[0])"
     out = subprocess.run(
         [sys.executable, "-c", code, "inspect", str(tmp_path / "m.safetensors"), "--out", str(tmp_path)],
         capture_output=True,
@@ -344,7 +351,7 @@ def test_large_matrices_are_read_in_slices(tmp_path: Path) -> None:
     ).stdout
     rc, peak = map(int, out.splitlines()[-1].split())
     assert rc == 1
-    assert peak * (1 if sys.platform == "darwin" else 1024) <= 1e9
+    assert 5e7 < peak * 1024 <= 1e9
 
 
 # --- at the shell ---------------------------------------------------------------------------------
