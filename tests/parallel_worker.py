@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from minisign import EmbeddingWatch
 from minisign.parallel import World, joined
 from minisign.train import Config, Run, load_tokens, train
 
@@ -40,6 +41,7 @@ def work(job: dict[str, Any], world: World) -> None:
     else:
         config = Config.from_json(job["config"])
         run = Run(config, load_tokens(config), world=world)
+    watch = EmbeddingWatch(run.model, run.optimizer, every=4, folder=out) if job.get("watched") else None
     if job.get("nan_step") is not None and world.rank == 1:
         poison(run, job["nan_step"], 0)
     if "die_at" in job:
@@ -53,6 +55,8 @@ def work(job: dict[str, Any], world: World) -> None:
         train(run, die, every=1)
     train(run, every=5)
     run.save(out)
+    if watch is not None:
+        watch.remove()
 
 
 def main() -> None:

@@ -18,12 +18,13 @@ import torch
 from parallel_worker import poison
 from safetensors.torch import load_file
 
-from minisign import Tiger, track_rows
+from minisign import EmbeddingWatch, Tiger, track_rows
 from minisign.checkpoint import newest, steps_of
 from minisign.corpus import CorpusConfig
 from minisign.optim.shards import check_rows, first_row, local
 from minisign.parallel import ALONE, World, joined
 from minisign.train import MODEL, Config, Run, load_tokens, train
+from minisign.watch import LOG
 
 pytestmark = pytest.mark.xdist_group("parallel")  # what two processes made is made once
 HERE = Path(__file__).parent
@@ -59,8 +60,10 @@ CASES: dict[str, dict[str, Any]] = {
     "fused": {"fused": True, "lazy": "ids"},
     "fused Lion": {"fused": True, "optimizer": "lion"},
     "uneven": {"batch": 7, "optimizer": "lion"},
+    "pushed": {"optimizer": "lion", "lr": 0.03, "embedding_std": 0.02},
 }
 RESUMED = ("tiger", "hybrid", "accumulating", "fused", "sgd")
+WATCHED = ("tiger", "pushed", "lazy grad", "hybrid", "accumulating")
 NANS = ("tiger", "base", "lazy grad", "lazy ids", "fused", "accumulating")
 
 
@@ -101,7 +104,12 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what two processes made of every case, engine/case and engine/case NaN."""
     folder = tmp_path_factory.mktemp("two")
     jobs = [
-        {"engine": engine, "config": config(name).to_json(), "out": str(folder / engine / name)}
+        {
+            "engine": engine,
+            "config": config(name).to_json(),
+            "out": str(folder / engine / name),
+            "watched": name in WATCHED,
+        }
         for engine in ENGINES
         for name in CASES
     ]
@@ -155,6 +163,31 @@ def test_two_processes_with_half_the_batch_are_one(name: str, engine: str, two: 
     assert different(start, folder) > 0.1  # it moved at all
     losses = newest(folder).record["losses"]
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(run.losses), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", WATCHED)
+@pytest.mark.filterwarnings("ignore::minisign.watch.EmbeddingWarning")
+def test_a_watch_sees_the_whole_matrix(name: str, engine: str, two: Path, tmp_path: Path) -> None:
+    run = alone(name)
+    watch = EmbeddingWatch(run.model, run.optimizer, every=4, folder=tmp_path)
+    train(run)
+    watch.remove()
+    lines = [
+        [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+        for folder in (tmp_path, two / engine / name)
+    ]
+    assert len(lines[0]) == len(lines[1]) == 5 * len(watch.looks)  # of one process, not of each
+    assert any(line["largest"] > 0.5 for line in lines[0])
+    for one, other in zip(*lines, strict=True):
+        counts = {key: (one.pop(key), other.pop(key)) for key in ("rows", "silent")}
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            close = isinstance(value, float) and key != "bound"
+            assert other[key] == (pytest.approx(value, rel=1e-4) if close else value)
+        assert all(abs(a - b) <= 1 for a, b in counts.values())
+    if name == "pushed":
+        assert max(look.silent for look in watch.looks["embedding.weight"]) > 5
 
 
 @pytest.mark.parametrize("engine", ENGINES)
