@@ -25,6 +25,8 @@ PARTS = ("minisign", "tests", "notebooks", "experiments", "data", "pyproject.tom
 OPTIM, THEORY, GPT = "tests/test_optim.py::", "tests/test_theory_and_probes.py::", "tests/test_gpt.py::"
 BLOCKS = "tests/test_heterogeneity.py::"
 FUSED, RELEASE = "tests/test_fused.py::", "tests/test_release.py::"
+INSPECT, WATCH = "tests/test_inspect.py::", "tests/test_watch.py::"
+RELIABILITY, PARALLEL = "tests/test_reliability.py::", "tests/test_parallel.py::"
 UPDATES, GUARD = "tests/test_updates.py::", "tests/test_guard.py::"
 
 
@@ -466,6 +468,72 @@ MUTANTS = (
         "        g = p.grad\n",
         RELEASE + "test_peak_memory",
         "15_stingy_memory",
+    ),
+    Mutant(
+        "one side of the bound",
+        "minisign/inspection.py",
+        "        block = block.abs_()\n",
+        "        block = block.relu_()\n",
+        INSPECT + "test_none_missed_in_200_saturated_matrices",
+        "16_your_own_model",
+    ),
+    Mutant(
+        "rows repaired to twice their size",
+        "minisign/repair.py",
+        "new = rescaled(row.float(), found.typical)",
+        "new = rescaled(row.float(), 2 * found.typical)",
+        INSPECT + "test_repair_changes_those_rows_and_no_other_byte",
+        "16_your_own_model",
+    ),
+    Mutant(
+        "an envelope that forgets the start's decay",
+        "minisign/watch.py",
+        "    watched.left *= 1 - eta * decay\n",
+        "",
+        WATCH + "test_an_entry_whose_sign_never_changes_stays_on_the_envelope",
+        "16_your_own_model",
+    ),
+    Mutant(
+        "rows with a gradient taken for silent",
+        "minisign/watch.py",
+        "        watched.seen.masked_fill_((some != 0).any(dim=1), watched.push)\n",
+        "        pass\n",
+        WATCH + "test_warns_once_of_rows_that_no_longer_come",
+    ),
+    Mutant(
+        "check sums not compared",
+        "minisign/checkpoint.py",
+        "            is_right = _sha256(path / name) == expected\n",
+        "            is_right = bool(_sha256(path / name) and expected)\n",
+        "tests/test_train.py::test_bad_checkpoints",
+    ),
+    Mutant(
+        "one checkpoint kept",
+        "minisign/checkpoint.py",
+        "KEPT = 2\n",
+        "KEPT = 1\n",
+        "tests/test_train.py::test_bad_checkpoints",
+    ),
+    Mutant(
+        "torch's error in saving let through",
+        "minisign/checkpoint.py",
+        "ANY = (Exception, CheckpointException)",
+        "ANY = (Exception,)",
+        RELIABILITY + "test_a_full_disk_is_one_line_and_the_checkpoint_before_stays",
+    ),
+    Mutant(
+        "unpickled without a list of what may be",
+        "minisign/checkpoint.py",
+        "            metadata = _Unpickler(file).load()\n",
+        "            metadata = pickle.load(file)\n",
+        RELIABILITY + "test_mutated_files_are_refused_or_read[metadata]",
+    ),
+    Mutant(
+        "the RMS of a shard",
+        "minisign/optim/tiger.py",
+        "        add_up(params[0], found)\n",
+        "        add_up(params[0], found[:1])\n",
+        PARALLEL + "test_two_processes_with_half_the_batch_are_one[tiger-fsdp]",
     ),
 )
 
