@@ -494,6 +494,8 @@ def run_repair(args: argparse.Namespace) -> int:
     for _, m in bad:
         print(f"{m.name}: {_count(int(m.rows.sum()), 'row')} scaled to an RMS of {m.typical:.3g}")
     print(f"repaired copy in {args.out}")
+    if (args.out / "checkpoints").is_dir():
+        print("its checkpoints are as they were: --resume goes on from the rows of before")
     return 0
 
 
@@ -714,7 +716,7 @@ def _print_inspection(content: Sequence[dict[str, Any]]) -> None:
     _print_whole(matrices)
     for m in content:
         if m["saturated"] and m["worst_rows"]:
-            rows = _table(f"Worst rows of {m['tensor']}", "token id", "near", "RMS", "text")
+            rows = _table(f"Worst rows of {m['tensor']}", "row", "near", "RMS", "text")
             for row in m["worst_rows"]:
                 shown = "" if row["text"] is None else repr(row["text"])
                 rows.add_row(f"{row['id']}", _percent(row["near"]), f"{row['rms']:.4g}", shown)

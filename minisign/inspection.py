@@ -463,7 +463,8 @@ def _is_sinusoidal(matrix: Stored) -> bool:
 
 def as_json(found: Inspection, worst: int, text: Callable[[int], str | None]) -> dict[str, Any]:
     """The figures of an inspection, and of its ``worst`` rows with the ``text`` of each token; strict
-    JSON."""
+    JSON. If there are tokens beyond the last row, rows are something else (positions) and have no text."""
+    is_of_tokens = text(found.shape[0]) is None
     return {
         "tensor": found.name,
         "file": str(found.file),
@@ -484,7 +485,7 @@ def as_json(found: Inspection, worst: int, text: Callable[[int], str | None]) ->
         "worst_rows": [
             {
                 "id": int(i),
-                "text": text(int(i)),
+                "text": text(int(i)) if is_of_tokens else None,
                 "near": float(found.row_near[i]),
                 "rms": float(found.row_rms[i]),
                 "at_bound": bool(found.rows[i]),

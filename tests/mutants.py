@@ -475,7 +475,6 @@ MUTANTS = (
         "        block = block.abs_()\n",
         "        block = block.relu_()\n",
         INSPECT + "test_none_missed_in_200_saturated_matrices",
-        "16_your_own_model",
     ),
     Mutant(
         "rows repaired to twice their size",
@@ -491,7 +490,6 @@ MUTANTS = (
         "    watched.left *= 1 - eta * decay\n",
         "",
         WATCH + "test_an_entry_whose_sign_never_changes_stays_on_the_envelope",
-        "16_your_own_model",
     ),
     Mutant(
         "rows with a gradient taken for silent",

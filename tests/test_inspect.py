@@ -20,7 +20,14 @@ from made_checkpoints import HEALTHY, healthy, saturated
 from safetensors.torch import load_file, save_file
 
 from minisign.cli import main
-from minisign.inspection import Inspection, embedding_like, inspect_checkpoint, inspect_matrix, origin
+from minisign.inspection import (
+    Inspection,
+    as_json,
+    embedding_like,
+    inspect_checkpoint,
+    inspect_matrix,
+    origin,
+)
 from minisign.plots import inspections
 from minisign.repair import repair
 from minisign.tokenizer import token_texts, train_encoding, vocabulary_lines
@@ -390,6 +397,14 @@ def test_inspect_at_the_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "there is no file no such, nor an encoding of that name in tiktoken (" in capsys.readouterr().err
 
 
+def test_rows_that_are_no_tokens_have_no_text() -> None:
+    found = inspected(blown_up(16))  # of positions, where there are 1,000 tokens
+    rows = as_json(found, 3, lambda i: "word" if i < 1000 else None)["worst_rows"]
+    assert [row["text"] for row in rows] == [None] * 3
+    rows = as_json(found, 3, lambda i: "word" if i < 16 else None)["worst_rows"]
+    assert [row["text"] for row in rows] == ["word"] * 3
+
+
 def test_token_texts(tmp_path: Path) -> None:
     (tmp_path / "bad.tiktoken").write_text("YQ== 0\n!! 1\n")
     with pytest.raises(ValueError, match=r"bad\.tiktoken is not in tiktoken's format: line 2 is not"):
@@ -511,6 +526,10 @@ def test_repair_of_a_folder_at_the_shell(tmp_path: Path, capsys: pytest.CaptureF
     assert not (tmp_path / "third").exists()
     (tmp_path / "file").write_text("")
     assert main(["repair", str(folder), "--out", str(tmp_path / "file" / "x")]) == 2
+    (folder / "checkpoints").mkdir()
+    capsys.readouterr()
+    assert main(["repair", str(folder), "--out", str(tmp_path / "run")]) == 0
+    assert "its checkpoints are as they were" in capsys.readouterr().out
 
 
 def test_repairs_that_cannot_be_made(tmp_path: Path) -> None:
