@@ -1,10 +1,12 @@
 """The watch as a callback of the Trainer of transformers; needs the extra ``hf``.
 
-Trainer(
-    model, arguments, train_dataset=data,
-    optimizers=(Tiger(param_groups(model)), None),
-    callbacks=[EmbeddingCallback()],
-)
+    Trainer(
+        model, arguments, train_dataset=data,
+        optimizers=(Tiger(param_groups(model)), None),
+        callbacks=[EmbeddingCallback()],
+    )
+
+What it counts, warns of and writes is :mod:`minisign.watch`'s.
 """
 
 from __future__ import annotations
