@@ -47,6 +47,7 @@ LOWER = (0.2, 0.5, 0.8)  # where what it stands out from begins
 RATIO = 1.3  # how much denser the spike must be at least
 MILLION = math.log(1e6)
 BINS = 160
+QUICK = 5_000_000  # words of a generated text that are made again for the texts of its tokens
 
 NAMES = re.compile(
     r"(^|[._])(emb|embed|embeds|embedding|embeddings|embed_in|wte|wpe|embed_tokens|tok_embeddings|word_embeddings|"
@@ -227,7 +228,8 @@ def token_texts_of(path: Path, tokenizer: str | None = None) -> Callable[[int], 
 
     Args:
         tokenizer: see :func:`~minisign.tokenizer.token_texts`; by default ``tokenizer.json`` beside the
-            checkpoint, or the vocabulary of a run of this package.
+            checkpoint, or the vocabulary of a run of this package, if its text is not one that takes
+            minutes to generate again.
 
     Raises:
         ValueError: a tokenizer that is asked for and cannot be read.
@@ -239,7 +241,7 @@ def token_texts_of(path: Path, tokenizer: str | None = None) -> Callable[[int], 
     beside = (path if path.is_dir() else path.parent) / "tokenizer.json"
     run = origin(path).run
     try:
-        if run is not None:
+        if run is not None and (run.text or run.corpus.words <= QUICK):
             from minisign.train import load_tokens
 
             encoding = load_tokens(run).encoding

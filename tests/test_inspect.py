@@ -20,6 +20,7 @@ from made_checkpoints import HEALTHY, healthy, saturated
 from safetensors.torch import load_file, save_file
 
 from minisign.cli import main
+from minisign.corpus import CorpusConfig
 from minisign.inspection import (
     Inspection,
     as_json,
@@ -27,10 +28,12 @@ from minisign.inspection import (
     inspect_checkpoint,
     inspect_matrix,
     origin,
+    token_texts_of,
 )
 from minisign.plots import inspections
 from minisign.repair import repair
 from minisign.tokenizer import token_texts, train_encoding, vocabulary_lines
+from minisign.train import Config
 from minisign.weights import Stored, stored_tensors
 
 HELD_OUT = 20_000  # the detector was tuned on numbers below 2,000, of other families
@@ -403,6 +406,13 @@ def test_rows_that_are_no_tokens_have_no_text() -> None:
     assert [row["text"] for row in rows] == [None] * 3
     rows = as_json(found, 3, lambda i: "word" if i < 16 else None)["worst_rows"]
     assert [row["text"] for row in rows] == ["word"] * 3
+
+
+def test_no_text_is_made_again_that_takes_minutes(tmp_path: Path) -> None:
+    for words, expected in ((3000, "a"), (90_000_000, None)):
+        config = Config(corpus=CorpusConfig(words=words), vocab_size=300)
+        (tmp_path / "config.json").write_text(json.dumps(config.to_json()))
+        assert token_texts_of(tmp_path)(ord("a")) == expected
 
 
 def test_token_texts(tmp_path: Path) -> None:

@@ -85,15 +85,20 @@ def state(out: Path) -> tuple[dict[str, Any], bytes]:
     return {k: v for k, v in record.items() if k not in ("seconds", "sha256")}, tensors.read_bytes()
 
 
+def wait_for_a_save(process: BaseProcess, out: Path) -> None:
+    before = steps_of(out)
+    while steps_of(out) == before:
+        assert process.is_alive()
+        time.sleep(0.002)
+
+
 def test_killed_at_random_moments_it_ends_at_the_same_bits(text: Path, tmp_path: Path) -> None:
     rng, out, whole = random.Random(7), tmp_path / "killed", tmp_path / "whole"
     begin = ["train", *sizes(text), "--steps", 100_000, "--save-every", 5, "--out", out]
     minisign("train", *sizes(text), "--steps", 1, "--out", whole)  # has everything imported
     before = time.monotonic()
     process, _ = started(*begin)
-    while not steps_of(out):
-        assert process.is_alive()
-        time.sleep(0.005)
+    wait_for_a_save(process, out)
     until_saved = time.monotonic() - before
     process.kill()
     process.join()
@@ -103,7 +108,11 @@ def test_killed_at_random_moments_it_ends_at_the_same_bits(text: Path, tmp_path:
     for _ in range(KILLS):
         again = ["train", "--resume", out, "--save-every", 5]
         process, _ = started(*(again if steps_of(out) else begin))
-        process.join(rng.uniform(0, 2) * until_saved)
+        if rng.random() < 0.5:  # on the way to its first checkpoint, or some time after it
+            process.join(rng.random() * until_saved)
+        else:
+            wait_for_a_save(process, out)
+            process.join(0.3 * rng.random() * until_saved)
         assert process.is_alive()
         process.kill()  # SIGKILL
         process.join()
