@@ -149,6 +149,18 @@ def test_without_a_gradient_nothing_moves() -> None:
     assert watch.looks["tokens.weight"][-1].push == pytest.approx(0.02, rel=0.01)
 
 
+def test_sparse_gradients_are_gradients() -> None:
+    table = nn.Embedding(V, D, sparse=True)
+    optimizer = Lion(table.parameters(), lr=0.5, weight_decay=0.1)
+    watch = EmbeddingWatch(table, optimizer, every=1)
+    for _ in range(30):
+        table(torch.arange(5).repeat(2)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    look = watch.looks["weight"][-1]
+    assert (look.rows, look.silent) == (5, 0)  # pushed, by a gradient at every step
+
+
 def test_follows_a_loaded_state(tmp_path: Path) -> None:
     """``load_state_dict`` of an optimizer makes new groups; the rate of the old ones no longer changes."""
     model = Bag()
