@@ -31,7 +31,7 @@ reproduce: $(READY) ## train all variants, print the table, leave pictures in ru
 	$(BIN)/minisign reproduce
 
 test: $(READY) ## all tests, then every notebook
-	$(TWICE) --dist loadgroup tests
+	$(TWICE) tests
 	$(TWICE) --dist loadfile --nbval --nbval-current-env --nbval-cell-timeout 300 notebooks
 
 check: $(READY) ## format, lint, types

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from parallel_worker import poison
 from safetensors.torch import load_file
 
@@ -26,7 +27,6 @@ from minisign.parallel import ALONE, World, joined
 from minisign.train import MODEL, Config, Run, load_tokens, train
 from minisign.watch import LOG
 
-pytestmark = pytest.mark.xdist_group("parallel")  # what two processes made is made once
 HERE = Path(__file__).parent
 ENGINES = ("ddp", "fsdp")
 STEPS = 20
@@ -100,9 +100,20 @@ def run_jobs(processes: int, jobs: list[dict[str, Any]], folder: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what two processes made of every case, engine/case and engine/case NaN."""
-    folder = tmp_path_factory.mktemp("two")
+def two(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder with what two processes made of every case, engine/case and engine/case NaN; made once for
+    all of pytest-xdist's workers."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root if worker_id == "master" else root.parent) / "two"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "made").exists():
+            folder.mkdir(exist_ok=True)
+            run_jobs(2, jobs_of_two(folder), folder)
+            (folder / "made").touch()
+    return folder
+
+
+def jobs_of_two(folder: Path) -> list[dict[str, Any]]:
     jobs = [
         {
             "engine": engine,
@@ -132,8 +143,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for engine in ENGINES
         for name in RESUMED
     ]
-    run_jobs(2, jobs, folder)
-    return folder
+    return jobs
 
 
 def alone(name: str, **more: Any) -> Run:
