@@ -482,6 +482,7 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 
 def run_repair(args: argparse.Namespace) -> int:
+    from minisign.checkpoint import FOLDER
     from minisign.inspection import inspect_checkpoint
     from minisign.repair import repair
 
@@ -494,7 +495,7 @@ def run_repair(args: argparse.Namespace) -> int:
     for _, m in bad:
         print(f"{m.name}: {_count(int(m.rows.sum()), 'row')} scaled to an RMS of {m.typical:.3g}")
     print(f"repaired copy in {args.out}")
-    if (args.out / "checkpoints").is_dir():
+    if (args.out / FOLDER).is_dir():
         print("its checkpoints are as they were: --resume goes on from the rows of before")
     return 0
 

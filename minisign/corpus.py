@@ -21,8 +21,6 @@ import numpy as np
 
 GENDERS = 3
 TOPICS = 12
-
-
 LARGEST = 100_000_000  # words: what takes minutes and a gigabyte; more is taken for a mistake
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,10 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: it cannot be written, and what was there before is there still.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with _beside(path) as partial:
         write(partial)
         sync(partial)
         partial.replace(path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # of torch.save, and of save_file
-        reason = (isinstance(error, OSError) and error.strerror) or one_line(error)
-        raise OSError(f"cannot write {path}: {reason}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -49,15 +44,25 @@ def write_new(path: Path, write: Callable[[Path], object]) -> None:
     """The same for a file or a folder that must not be there yet.
 
     Raises:
-        ValueError: it is there.
+        ValueError: it is there. OSError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
     if path.exists() or path.is_symlink():
         raise ValueError(f"{path} is there already, and is not overwritten")
-    _remove(partial)  # of one that was killed
-    try:
+    with _beside(path) as partial:
         write(partial)
         partial.rename(path)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """Where to write what is to become ``path``; what is left there is removed."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        _remove(partial)  # of one that was killed
+        yield partial
+    except (OSError, RuntimeError, SafetensorError) as error:  # of torch.save, and of save_file
+        reason = (isinstance(error, OSError) and error.strerror) or one_line(error)
+        raise OSError(f"cannot write {path}: {reason}") from error
     finally:
         _remove(partial)
 
@@ -65,8 +70,8 @@ def write_new(path: Path, write: Callable[[Path], object]) -> None:
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    elif os.path.lexists(path):
+        path.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:

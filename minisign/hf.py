@@ -14,7 +14,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -57,10 +56,10 @@ class EmbeddingCallback(TrainerCallback, ExportableState):
         assert model is not None
         if self.watch is not None:  # of a training that an error ended
             self.watch.remove()
-        while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
-            optimizer = (
-                optimizer.optimizer
-            )  # accelerate and others wrap it, and the hooks are the inner one's
+        while hasattr(
+            optimizer, "optimizer"
+        ):  # accelerate and others wrap it; the hooks are the inner one's
+            optimizer = optimizer.optimizer
         self.watch = EmbeddingWatch(model, optimizer, self.every, folder=self.folder or args.output_dir)
         if state.global_step:  # it resumes
             callbacks: Any = state.stateful_callbacks

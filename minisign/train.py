@@ -389,8 +389,8 @@ class Run:
                 f"the text is not the one {path} was trained on: SHA-256 {tokens.sha256[:12]}…, "
                 f"expected {str(expected)[:12]}…"
             )
+        run = cls(config, tokens, device, world)
         try:
-            run = cls(config, tokens, device, world)
             run._load(saved)
         except checkpoint.Damaged:
             raise

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from minisign import theory
 from minisign.files import prepare_out
+from minisign.optim.groups import EMBEDDINGS
 from minisign.optim.shards import add_up, is_sharded, local
 from minisign.probes.saturation import NEAR, saturated_rows
 from minisign.probes.updates import update_kind
@@ -231,9 +232,7 @@ def _watched(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[_Watche
     groups = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
     modules = list(model.named_modules())
     embeddings = {
-        f"{name}.weight" if name else "weight": m.weight
-        for name, m in modules
-        if isinstance(m, (nn.Embedding, nn.EmbeddingBag))
+        f"{name}.weight" if name else "weight": m.weight for name, m in modules if isinstance(m, EMBEDDINGS)
     }
     shapes, ids = {w.shape for w in embeddings.values()}, {id(w) for w in embeddings.values()}
     linear = {f"{name}.weight": m.weight for name, m in modules if isinstance(m, nn.Linear)}

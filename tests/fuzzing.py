@@ -32,7 +32,7 @@ from minisign.files import write_json
 from minisign.guard import EVENTS, Event, SpikeGuard
 from minisign.inspection import inspect_checkpoint, token_texts_of
 from minisign.pretrained import load_subject
-from minisign.tokenizer import token_texts, train_encoding
+from minisign.tokenizer import token_texts, train_encoding, vocabulary_lines
 from minisign.train import Config, Run, load_tokens, train
 
 # What would run a program. Code of installed modules may run: errors import what they need late.
@@ -45,6 +45,9 @@ PROGRAMS = (
     "subprocess.Popen",
     "socket.connect",
 )
+# Processes that need not import torch again.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["fuzzing", "minisign.cli"])
 SECONDS = 30  # one file may take
 GIBIBYTES = 3  # that the process may take beside what it has
 CONFIG = Config(
@@ -215,8 +218,6 @@ def _guard_events(folder: Path) -> Reader:
 
 def _tiktoken(folder: Path) -> Reader:
     file = folder / "v.tiktoken"
-    from minisign.tokenizer import vocabulary_lines
-
     file.write_text(vocabulary_lines(train_encoding("a few words, and a few more of the same " * 20, 300)))
     return Reader(file, lambda: token_texts(str(file))(270))
 
@@ -227,13 +228,11 @@ def _tokenizer(folder: Path) -> Reader:
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(["a few words, and a few more " * 20], 280, show_progress=False)
     tokenizer.save(str(folder / "tokenizer.json"))
-    save_file(_tensors(), folder / "model.safetensors")
     return Reader(folder / "tokenizer.json", lambda: token_texts(str(folder / "tokenizer.json"))(70))
 
 
 def _own_config(folder: Path) -> Reader:
     _run(folder)
-    (folder / "checkpoints").rename(folder / "other")
 
     def read() -> None:
         inspect_checkpoint(folder)
@@ -248,18 +247,17 @@ def _pretrained(folder: Path) -> None:
     transformers.utils.logging.disable_progress_bar()
     sizes = dict(vocab_size=300, n_positions=24, n_embd=16, n_layer=2, n_head=2, bos_token_id=0)
     transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, eos_token_id=2)).save_pretrained(folder)
-    _tokenizer(folder / "..")
-    (folder / ".." / "tokenizer.json").rename(folder / "tokenizer.json")
+    _tokenizer(folder)
 
 
 def _pretrained_config(folder: Path) -> Reader:
-    _pretrained(folder / "gpt2")
-    return Reader(folder / "gpt2" / "config.json", lambda: load_subject(folder / "gpt2"))
+    _pretrained(folder)
+    return Reader(folder / "config.json", lambda: load_subject(folder))
 
 
 def _pretrained_weights(folder: Path) -> Reader:
-    _pretrained(folder / "gpt2")
-    return Reader(folder / "gpt2" / "model.safetensors", lambda: load_subject(folder / "gpt2"))
+    _pretrained(folder)
+    return Reader(folder / "model.safetensors", lambda: load_subject(folder))
 
 
 READERS: dict[str, tuple[Callable[[Path], Reader], int]] = {  # and how many files of each
@@ -393,10 +391,8 @@ def fuzz(name: str, folder: Path, count: int | None = None, seed: int = 0) -> di
     """
     log = folder / "log.json"
     (folder / "files").mkdir()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fuzzing"])
     count = READERS[name][1] if count is None else count
-    process = context.Process(target=_read_all, args=(name, folder / "files", count, seed, log))
+    process = FORKS.Process(target=_read_all, args=(name, folder / "files", count, seed, log))
     process.start()
     process.join()
     assert log.exists(), f"died with {process.exitcode} before it read anything"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import multiprocessing
 import random
 import re
 import resource
@@ -19,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from fuzzing import HARMFUL, READERS, fuzz
+from fuzzing import FORKS, HARMFUL, READERS, fuzz
 from safetensors.torch import save_file
 
 from minisign.checkpoint import steps_of
@@ -42,11 +41,9 @@ def _child(arguments: list[str], said: Connection, largest_file: int | None) -> 
 
 
 def started(*arguments: Any, largest_file: int | None = None) -> tuple[BaseProcess, Connection]:
-    """``minisign`` in a process of its own, which need not import torch again, and what it will say."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fuzzing", "minisign.cli", "minisign.train"])
-    reading, writing = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=([str(x) for x in arguments], writing, largest_file))
+    """``minisign`` in a process of its own, and what it will say."""
+    reading, writing = FORKS.Pipe(duplex=False)
+    process = FORKS.Process(target=_child, args=([str(x) for x in arguments], writing, largest_file))
     process.start()
     writing.close()
     return process, reading
@@ -163,10 +160,8 @@ def _write(path: Path, way: str, said: Connection) -> None:
 @pytest.mark.parametrize("way", ["json", "safetensors", "torch"])
 def test_every_way_to_write_a_file_says_that_the_disk_is_full(way: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("old")
-    reading, writing = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("forkserver").Process(
-        target=_write, args=(tmp_path / "file", way, writing)
-    )
+    reading, writing = FORKS.Pipe(duplex=False)
+    process = FORKS.Process(target=_write, args=(tmp_path / "file", way, writing))
     process.start()
     writing.close()
     assert reading.recv().startswith(f"cannot write {tmp_path / 'file'}: ")
