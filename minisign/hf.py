@@ -56,9 +56,7 @@ class EmbeddingCallback(TrainerCallback, ExportableState):
         assert model is not None
         if self.watch is not None:  # of a training that an error ended
             self.watch.remove()
-        while hasattr(
-            optimizer, "optimizer"
-        ):  # accelerate and others wrap it; the hooks are the inner one's
+        while hasattr(optimizer, "optimizer"):  # accelerate and others wrap the one that has the hooks
             optimizer = optimizer.optimizer
         self.watch = EmbeddingWatch(model, optimizer, self.every, folder=self.folder or args.output_dir)
         if state.global_step:  # it resumes
