@@ -18,10 +18,13 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import json
 import math
+import os
 import platform
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -31,11 +34,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lion_pytorch
-import optimi
-import pytorch_optimizer
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import minisign
 from minisign.probes import PeakMemory, state_bytes
@@ -55,6 +55,7 @@ def gpt2(layers: int, width: int) -> list[tuple[int, ...]]:
 
 
 SIZES: dict[str, list[tuple[int, ...]]] = {
+    "tiny": [(8, 4)] * 3,
     "10m": [(1056, 128)] * 74,
     "small": [(1000,)] * 200,
     "124m": gpt2(12, 768),
@@ -62,6 +63,7 @@ SIZES: dict[str, list[tuple[int, ...]]] = {
     "774m": gpt2(36, 1280),
 }
 TITLES = {
+    "tiny": "3 matrices of 32 weights, to see that all runs",
     "10m": "10M weights in 74 matrices",
     "small": "200 tensors of 1,000 weights",
     "124m": "GPT-2, 124M weights",
@@ -87,16 +89,67 @@ def base(**options: Any) -> dict[str, Any]:
     return {"scale": 1.0, **options}
 
 
-PUBLISHED = {
-    "torch-optimi Lion": Contestant(lambda ps: optimi.Lion(ps, lr=1e-4, **DECAY)),
-    "torch-optimi Lion (loop)": Contestant(lambda ps: optimi.Lion(ps, lr=1e-4, foreach=False, **DECAY)),
-    "lion-pytorch Lion": Contestant(lambda ps: lion_pytorch.Lion(ps, **DECAY)),
-    "pytorch-optimizer Lion": Contestant(lambda ps: pytorch_optimizer.Lion(ps, **DECAY)),
+class CompiledLion:
+    """Lion as one writes it by hand, a tensor at a time, through ``torch.compile``."""
+
+    def __init__(self, ps: list[nn.Parameter], lr: float = 1e-4, weight_decay: float = 0.1) -> None:
+        self.ps, self.state = ps, {p: {"momentum": torch.zeros_like(p)} for p in ps}
+        self.lr, self.weight_decay = lr, weight_decay
+        self.update = torch.compile(self._update, dynamic=True, fullgraph=True)
+
+    @staticmethod
+    def _update(p: Tensor, g: Tensor, m: Tensor, lr: float, weight_decay: float) -> None:
+        p.mul_(1 - lr * weight_decay).sub_(lr * m.lerp(g, 0.1).sign_())
+        m.lerp_(g, 0.01)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for p in self.ps:
+            self.update(p, p.grad, self.state[p]["momentum"], self.lr, self.weight_decay)
+
+
+# Published implementations, by name: the package, the device it is for (None: any), and how it is made.
+PEERS: dict[str, tuple[str, str | None, Callable[[Any, list[nn.Parameter]], Any]]] = {
+    "torch-optimi Lion": ("optimi", None, lambda m, ps: m.Lion(ps, lr=1e-4, **DECAY)),
+    "torch-optimi Lion (loop)": (
+        *("optimi", None),
+        lambda m, ps: m.Lion(ps, lr=1e-4, foreach=False, **DECAY),
+    ),
+    "torch-optimi Lion (Triton)": (
+        *("optimi", "cuda"),
+        lambda m, ps: m.Lion(ps, lr=1e-4, triton=True, **DECAY),
+    ),
+    "lion-pytorch Lion": ("lion_pytorch", None, lambda m, ps: m.Lion(ps, **DECAY)),
+    "lion-pytorch Lion (Triton)": (
+        *("lion_pytorch", "cuda"),
+        lambda m, ps: m.Lion(ps, use_triton=True, **DECAY),
+    ),
+    "pytorch-optimizer Lion": ("pytorch_optimizer", None, lambda m, ps: m.Lion(ps, **DECAY)),
+    "bitsandbytes Lion": ("bitsandbytes", "cuda", lambda m, ps: m.optim.Lion(ps, **DECAY)),
+    "bitsandbytes Lion, 8 bits": ("bitsandbytes", "cuda", lambda m, ps: m.optim.Lion8bit(ps, **DECAY)),
+    "bitsandbytes AdamW, 8 bits": ("bitsandbytes", "cuda", lambda m, ps: m.optim.AdamW8bit(ps, **DECAY)),
 }
+
+
+def published(device: str) -> tuple[dict[str, Contestant], dict[str, str]]:
+    """The peers that make a step on ``device`` here, and of the others by name what was in the way."""
+    found, missing = {}, {}
+    for name, (package, only, make) in PEERS.items():
+        if only not in (None, device):
+            continue
+        try:
+            module = importlib.import_module(package)
+            make(module, parameters([(64,)], F32, device)).step()
+        except Exception as error:  # somebody else's code: whatever it raises is told, in the table
+            missing[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        else:
+            found[name] = Contestant(lambda ps, make=make, module=module: make(module, ps))
+    return found, missing
+
+
 CONTESTANTS = {
     YARDSTICK: Contestant(lambda ps: torch.optim.AdamW(ps, fused=True, **DECAY), 28),
     "torch AdamW (foreach)": Contestant(lambda ps: torch.optim.AdamW(ps, foreach=True, **DECAY)),
-    **PUBLISHED,
     "Lion": ours(minisign.Lion, 0),
     "Lion (foreach)": ours(minisign.Lion, 0, foreach=True),
     "Tiger, base": ours(minisign.Tiger, 0, **base()),
@@ -109,12 +162,27 @@ CONTESTANTS = {
     "Tiger, RMS (fused)": ours(minisign.Tiger, 20, fused=True),
     "AdamW (fused)": ours(minisign.AdamW, 28, fused=True),
 }
+COMPILED = {"Lion, by hand (torch.compile)": Contestant(CompiledLion)}
+# Our fused ones with their state in bfloat16, and with everything in bfloat16.
+FUSED: dict[str, tuple[Any, int, dict[str, Any]]] = {  # by name: class, buffers, options
+    "Signum (fused)": (minisign.Signum, 1, {}),
+    "Lion (fused)": (minisign.Lion, 1, {}),
+    "Tiger, base (fused)": (minisign.Tiger, 1, base()),
+    "Tiger, RMS (fused)": (minisign.Tiger, 1, {}),
+    "AdamW (fused)": (minisign.AdamW, 2, {}),
+}
 HALF = {
-    "Lion (fused), momentum bf16": ours(minisign.Lion, 16, fused=True, state_dtype=BF16),
+    **{
+        f"{name}, state bf16": ours(cls, 12 + 4 * n, fused=True, state_dtype=BF16, **options)
+        for name, (cls, n, options) in FUSED.items()
+    },
     "torch AdamW (fused), all bf16": Contestant(
         lambda ps: torch.optim.AdamW(ps, fused=True, **DECAY), 14, BF16
     ),
-    "Lion (fused), all bf16": ours(minisign.Lion, 10, BF16, fused=True),
+    **{
+        f"{name}, all bf16": ours(cls, 6 + 4 * n, BF16, fused=True, **options)
+        for name, (cls, n, options) in FUSED.items()
+    },
     "Lion (fused), all bf16, rounded at random": ours(
         minisign.Lion, 10, BF16, fused=True, stochastic_rounding=True
     ),
@@ -136,7 +204,7 @@ BARS: dict[str, dict[tuple[str, str], tuple[str, float]]] = {
             for name, bar in (
                 ("Lion (fused)", 0.75),
                 ("Tiger, base (fused)", 0.75),
-                ("Lion (fused), momentum bf16", 0.62),
+                ("Lion (fused), state bf16", 0.62),
                 ("AdamW (fused)", 1.02),
             )
         },
@@ -211,11 +279,27 @@ def copy_bandwidth(entries: int, device: str, clock: Clock) -> float:
     return 8 * entries / min(clock(lambda: y.copy_(x))[0] for _ in range(10))
 
 
-def measure(size: str, rounds: int, layouts: int, device: str, half: bool) -> list[dict[str, Any]]:
+def nominal_bandwidth() -> float | None:
+    """Bytes per second between a card and its memory, by its clock and the width of its bus; None where
+    this version of torch does not tell."""
+    about = torch.cuda.get_device_properties(0)
+    clock, width = (getattr(about, name, None) for name in ("memory_clock_rate", "memory_bus_width"))
+    return 2e3 * clock * width / 8 if clock and width else None  # kHz, both edges; bits
+
+
+def measure(
+    size: str,
+    rounds: int,
+    layouts: int,
+    device: str,
+    half: bool,
+    peers: dict[str, Contestant],
+) -> list[dict[str, Any]]:
     """One line for each contestant."""
     shapes, clock = SIZES[size], Clock(device)
     entries = sum(math.prod(s) for s in shapes)
-    chosen = {**CONTESTANTS, **(HALF if half else {})}
+    compiled = COMPILED if device == "cuda" else {}  # on a CPU it takes a minute to compile
+    chosen = {**CONTESTANTS, **peers, **compiled, **(HALF if half else {})}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in chosen}
     # Where tensors happen to lie in memory moves a contestant by a few percent: draw lots anew, often.
     for _ in range(layouts):
@@ -236,22 +320,32 @@ def measure(size: str, rounds: int, layouts: int, device: str, half: bool) -> li
         del optimizers, shared, ps
         gc.collect()
     bandwidth = copy_bandwidth(max(entries, 1 << 24), device, clock)
+    nominal = nominal_bandwidth() if device == "cuda" else None
     lines = []
     for name, values in seconds.items():
-        median = statistics.median(v[0] for v in values)
+        low, median, high = percentiles(values)
         must = chosen[name].bytes * entries / median
         lines.append(
             {
                 "size": size,
                 "name": name,
                 "milliseconds": 1e3 * median,
+                "milliseconds_p10": 1e3 * low,
+                "milliseconds_p90": 1e3 * high,
                 "ratio_to_fused_adamw": ratio(values, seconds[YARDSTICK]),
-                "share_of_copy_bandwidth": must / bandwidth if chosen[name].bytes else None,
+                "share_of_copy_bandwidth": must / bandwidth if must else None,
+                "share_of_nominal_bandwidth": must / nominal if must and nominal else None,
                 "host_milliseconds": 1e3 * host_time(chosen[name], len(shapes), device),
                 "bytes_beyond_gradients": memory_beyond(chosen[name], shapes, device) / entries,
             }
         )
     return with_bars(lines, seconds, device)
+
+
+def percentiles(values: list[tuple[float, float]]) -> tuple[float, float, float]:
+    """P10, P50 and P90 of the time on the device."""
+    tenths = statistics.quantiles((v[0] for v in values), n=10, method="inclusive")
+    return tenths[0], tenths[4], tenths[8]
 
 
 def with_bars(lines: list[dict[str, Any]], seconds: dict[str, Any], device: str) -> list[dict[str, Any]]:
@@ -320,11 +414,14 @@ def measure_lazy(rounds: int, device: str) -> list[dict[str, Any]]:
     lines = []
     dense = "Lion (fused), dense"
     for name, values in seconds.items():
+        low, median, high = percentiles(values)
         lines.append(
             {
                 "size": "lazy",
                 "name": name,
-                "milliseconds": 1e3 * statistics.median(v[0] for v in values),
+                "milliseconds": 1e3 * median,
+                "milliseconds_p10": 1e3 * low,
+                "milliseconds_p90": 1e3 * high,
                 "ratio_to_fused_adamw": ratio(values, seconds[YARDSTICK]),
                 "ratio_to_dense": ratio(values, seconds[dense]),
                 "ratio_to_dense_alone": ratio(alone[name], alone[dense]),
@@ -337,8 +434,11 @@ def show(lines: list[dict[str, Any]]) -> None:
     columns = [c for c in lines[0] if c not in ("size", "name", "bar")]
     titles = {
         "milliseconds": "ms",
+        "milliseconds_p10": "P10",
+        "milliseconds_p90": "P90",
         "ratio_to_fused_adamw": "/ AdamW",
-        "share_of_copy_bandwidth": "bandwidth",
+        "share_of_copy_bandwidth": "/ copy",
+        "share_of_nominal_bandwidth": "/ nominal",
         "host_milliseconds": "host ms",
         "bytes_beyond_gradients": "bytes",
         "ratio_to_dense": "/ dense",
@@ -386,6 +486,11 @@ def draw(lines: list[dict[str, Any]], title: str, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def slug(name: str) -> str:
+    """What a machine's files are called."""
+    return "".join(c if c.isalnum() else "-" for c in name.lower()).replace("--", "-")
+
+
 def machine(device: str, threads: int) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
@@ -398,10 +503,13 @@ def machine(device: str, threads: int) -> str:
 
 
 def commit() -> str:
-    result = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return result.stdout.strip() or "unknown"
+    """The commit that is checked out, or what $MINISIGN_COMMIT says where the files are but a copy."""
+    if shutil.which("git"):
+        command = ["git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD"]
+        found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        if found:
+            return found
+    return os.environ.get("MINISIGN_COMMIT", "unknown")
 
 
 def main() -> int:
@@ -426,17 +534,20 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     name = machine(args.device, args.threads)
     print(f"{name}, torch {torch.__version__}; medians over {args.rounds} steps, ratios to {YARDSTICK}")
+    peers, missing = published(args.device)
+    for peer, why in missing.items():
+        print(f"left out: {peer}, {why}")
     lines: list[dict[str, Any]] = []
     for size in sizes:
         if size == "lazy":
             found = measure_lazy(max(args.rounds // 4, 5), args.device)
         else:
             layouts = 1 if sum(map(math.prod, SIZES[size])) > 50_000_000 else args.layouts
-            found = measure(size, args.rounds, layouts, args.device, args.half or args.device == "cuda")
+            half = args.half or args.device == "cuda"
+            found = measure(size, args.rounds, layouts, args.device, half, peers)
         show(found)
         lines += found
     args.out.mkdir(parents=True, exist_ok=True)
-    slug = "".join(c if c.isalnum() else "-" for c in name.lower()).replace("--", "-")
     report = {
         "machine": name,
         "date": date.today().isoformat(),
@@ -445,17 +556,19 @@ def main() -> int:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "rounds": args.rounds,
+        "left_out": missing,
         "results": lines,
     }
-    (args.out / f"{slug}.json").write_text(json.dumps(report, indent=1) + "\n")
-    draw(lines, f"{name}, torch {torch.__version__}", args.out / f"{slug}.png")
-    print(f"\nwritten to {args.out / slug}.json and .png")
+    (args.out / f"{slug(name)}.json").write_text(json.dumps(report, indent=1) + "\n")
+    draw(lines, f"{name}, torch {torch.__version__}", args.out / f"{slug(name)}.png")
+    print(f"\nwritten to {args.out / slug(name)}.json and .png")
     ms = {(x["size"], x["name"]): x["milliseconds"] for x in lines}
+    alike = [peer for peer in peers if "bits" not in peer]  # with the same state
     return int(
         any(
-            ms[size, fused] > min(ms[size, peer] for peer in PUBLISHED)
+            ms[size, fused] > min(ms[size, peer] for peer in alike)
             for size in sizes
-            if size != "lazy"
+            if size != "lazy" and alike
             for fused in ("Lion (fused)", "Tiger, base (fused)")
         )
     )

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -33,12 +33,14 @@ class CorpusConfig:
         exponent: s of Zipf's law; 0 makes all words of a class equally frequent.
         rare_share: share of the documents in the rare language, in [0, 1].
         seed: of everything random.
+        lexicon: times as many words in each class as :class:`Language` says, for large vocabularies.
     """
 
     words: int = 800_000
     exponent: float = 1.3
     rare_share: float = 0.01
     seed: int = 0
+    lexicon: int = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.words, bool) or not isinstance(self.words, int):
@@ -51,6 +53,10 @@ class CorpusConfig:
             raise ValueError(f"rare_share must be in [0, 1], got {self.rare_share}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be in [0, 2³²), got {self.seed}")
+        if isinstance(self.lexicon, bool) or not isinstance(self.lexicon, int):
+            raise TypeError(f"lexicon must be a whole number, got {self.lexicon!r}")
+        if not 1 <= self.lexicon <= 100:
+            raise ValueError(f"lexicon must be 1 to 100, got {self.lexicon}")
 
 
 DEFAULT = CorpusConfig()
@@ -74,6 +80,11 @@ class Language:
     adjectives: int
     adverbs: int
     prepositions: int = 12
+
+    def larger(self, times: int) -> Language:
+        """The same with so many times as many nouns, verbs, adjectives and adverbs."""
+        classes = ("nouns", "verbs", "adjectives", "adverbs")
+        return replace(self, **{name: times * getattr(self, name) for name in classes})
 
 
 COMMON = Language(
@@ -99,8 +110,9 @@ RARE = Language(
 def generate(config: CorpusConfig = DEFAULT) -> str:
     """The text: documents of about 90 words, a blank line between two, ending with a newline."""
     random = np.random.RandomState(config.seed)
-    common = _Writer(COMMON, config.exponent, random)
-    rare = _Writer(RARE, config.exponent, random)
+    common, rare = (
+        _Writer(language.larger(config.lexicon), config.exponent, random) for language in (COMMON, RARE)
+    )
     documents, words = [], 0
     while words < config.words:
         is_rare = random.random_sample() < config.rare_share

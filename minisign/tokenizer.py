@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rustbpe
 import tiktoken
 
 from minisign.files import one_line
@@ -54,6 +53,8 @@ def train_encoding(text: str, vocab_size: int) -> tiktoken.Encoding:
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise ValueError(f"vocab_size must be at least {SMALLEST_VOCABULARY}, got {vocab_size}")
+    import rustbpe  # only learning needs it: benchmarks.gpu does without
+
     tokenizer = rustbpe.Tokenizer()
     most = SMALLEST_VOCABULARY + len(text.encode())  # each merge takes a byte at least
     tokenizer.train_from_iterator([text], min(vocab_size, most))

@@ -751,3 +751,18 @@ if "cuda" in BACKENDS:
             optimizer.step()
             torch.cuda.set_sync_debug_mode("default")
             assert bool((p != 1).all()) == moves
+
+    @pytest.mark.parametrize("case", ["lion", "tiger", "tiger, rows", "adamw"])
+    def test_two_runs_on_cuda_agree_to_the_bit(case: str) -> None:
+        """Blocks come in any order, and the squares of Tiger's RMS form are added up by atomics."""
+        cls, options = CASES[case]
+        ends = []
+        for _ in range(2):
+            generator = torch.Generator("cuda").manual_seed(0)
+            p = nn.Parameter(torch.randn(3001, 1024, device="cuda", generator=generator))
+            optimizer = cls([p], **options, fused=True)
+            for _ in range(20):
+                p.grad = torch.randn(p.shape, device="cuda", generator=generator)
+                optimizer.step()
+            ends.append(p.detach())
+        assert torch.equal(*ends)
