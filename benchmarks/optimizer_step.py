@@ -94,6 +94,7 @@ class CompiledLion:
 
     def __init__(self, ps: list[nn.Parameter], lr: float = 1e-4, weight_decay: float = 0.1) -> None:
         self.ps, self.state = ps, {p: {"momentum": torch.zeros_like(p)} for p in ps}
+        self.data = [p.detach() for p in ps]  # of an nn.Parameter each new shape would be compiled anew
         self.lr, self.weight_decay = lr, weight_decay
         self.update = torch.compile(self._update, dynamic=True, fullgraph=True)
 
@@ -104,8 +105,8 @@ class CompiledLion:
 
     @torch.no_grad()
     def step(self) -> None:
-        for p in self.ps:
-            self.update(p, p.grad, self.state[p]["momentum"], self.lr, self.weight_decay)
+        for p, data in zip(self.ps, self.data, strict=True):
+            self.update(data, p.grad, self.state[p]["momentum"], self.lr, self.weight_decay)
 
 
 # Published implementations, by name: the package, the device it is for (None: any), and how it is made.
@@ -503,13 +504,12 @@ def machine(device: str, threads: int) -> str:
 
 
 def commit() -> str:
-    """The commit that is checked out, or what $MINISIGN_COMMIT says where the files are but a copy."""
-    if shutil.which("git"):
-        command = ["git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD"]
-        found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-        if found:
-            return found
-    return os.environ.get("MINISIGN_COMMIT", "unknown")
+    """What $MINISIGN_COMMIT says, for a copy of the files, or the commit that is checked out."""
+    given = os.environ.get("MINISIGN_COMMIT", "")
+    if given or not shutil.which("git"):
+        return given or "unknown"
+    command = ["git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 def main() -> int:
