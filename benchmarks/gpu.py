@@ -116,7 +116,7 @@ ROADS: dict[str, Callable[[list[nn.Parameter]], Any]] = {
     "Lion": minisign.Lion,
     "Lion (foreach)": lambda ps: minisign.Lion(ps, foreach=True),
     "Lion (fused)": lambda ps: minisign.Lion(ps, fused=True),
-    "Lion, by hand (torch.compile)": CompiledLion,
+    "Lion by hand (torch.compile)": CompiledLion,
 }
 
 
