@@ -9,7 +9,7 @@ EXECUTE := OMP_NUM_THREADS=1 $(BIN)/jupyter nbconvert --to notebook --execute --
   --ExecutePreprocessor.record_timing=False
 BENCH_READY := $(VENV)/.bench-ready
 
-.PHONY: help setup reproduce test check format lab notebooks notebook experiments mutants robust bench data clean
+.PHONY: help setup reproduce test check format lab notebooks notebook experiments mutants robust bench gpu data clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +67,9 @@ bench: $(BENCH_READY) ## speed against other implementations, cost of the probes
 	$(BIN)/python benchmarks/optimizer_step.py
 	$(BIN)/python benchmarks/training_loop.py
 	$(BIN)/python benchmarks/probes.py
+
+gpu: $(READY) ## on a machine with a CUDA card: all that only it can tell, in eight minutes
+	$(BIN)/python -m benchmarks.gpu
 
 data: $(READY) ## write data/ anew
 	$(BIN)/python data/make.py

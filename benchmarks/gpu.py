@@ -2,12 +2,13 @@
 
     python -m benchmarks.gpu --minutes 8 --out DIR          or: make gpu
 
-Four parts, each in a process of its own and with its own share of the time:
+Five parts, each in a process of its own and with its own share of the time:
 
     kernels     tests/test_fused.py on the device: every rule and type, CUDA graphs, found_inf, two runs
     subnormal   what becomes of a silent momentum (notebook 04), on every road
     speed       the optimizers' steps at 350M and 124M weights, on small tensors and on an embedding's rows,
                 against torch's AdamW, a torch.compile of Lion, and the published ones that can be imported
+    blocks      how many entries a program of the kernels should have
     article     the embedding blow-up at the size of GPT-2: Tiger by its author's rule, and with lazy rows
 
 It runs with what is there, without a network: what a missing package is needed for is left out, and named.
@@ -26,6 +27,7 @@ import platform
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -45,7 +47,7 @@ from torch import nn
 
 import minisign
 from benchmarks import optimizer_step
-from benchmarks.optimizer_step import RESULTS, CompiledLion, commit, slug
+from benchmarks.optimizer_step import RESULTS, Clock, CompiledLion, commit, slug
 from minisign import theory
 from minisign.corpus import CorpusConfig, generate
 from minisign.files import write_json, write_whole
@@ -160,20 +162,65 @@ def speed(task: Task) -> None:
     peers, missing = optimizer_step.published(task.device)
     rounds = 16 if task.dry else 40
     found: dict[str, Any] = {"rounds": rounds, "left_out": missing, "results": []}
-    needs = 0.0  # seconds that a size took, at most
     for size in ("tiny",) if task.dry else ("350m", "small", "lazy", "124m"):
-        if task.left < needs:
-            missing[size] = f"it may need {needs:.0f} s, and {task.left:.0f} are left"
+        if task.left < 0:
+            missing[size] = "no time was left"
             continue
-        start = time.monotonic()
         if size == "lazy":
             lines = optimizer_step.measure_lazy(rounds // 2, task.device)
         else:
             layouts = 4 if size == "small" else 1
             lines = optimizer_step.measure(size, rounds, layouts, task.device, True, peers)
-        needs = max(needs, time.monotonic() - start)
         optimizer_step.show(lines)
         found["results"] += lines
+        task.report(found)
+
+
+# --- blocks ---------------------------------------------------------------------------------------
+
+
+def blocks(task: Task) -> None:
+    """How many entries a program of the kernels should have, and how many warps: a step at 350M weights for
+    each, as a share of the copy bandwidth of the same run."""
+    if task.dry:
+        task.report({"left_out": "the interpreter has blocks of its own"})
+        return
+    from minisign.kernels import gpu
+
+    ps, clock = (
+        optimizer_step.parameters(optimizer_step.SIZES["350m"], torch.float32, "cuda"),
+        Clock("cuda"),
+    )
+    entries = sum(p.numel() for p in ps)
+    copy = optimizer_step.copy_bandwidth(entries, "cuda", clock)
+    found: dict[str, Any] = {"copy_bandwidth": copy, "chosen": [gpu.BLOCK, gpu.WARPS], "results": []}
+    for name in ("Lion (fused)", "AdamW (fused)", "Tiger, base (fused, no guard)"):
+        contestant = optimizer_step.CONTESTANTS[name]
+        for size, warps in (
+            (1024, 4),
+            (2048, 4),
+            (2048, 8),
+            (4096, 4),
+            (4096, 8),
+            (4096, 16),
+            (8192, 8),
+            (8192, 16),
+        ):
+            gpu.BLOCK, gpu.WARPS = size, warps
+            optimizer = contestant.make(ps)
+            median = statistics.median([clock(optimizer.step)[0] for _ in range(15)][3:])
+            share = contestant.bytes * entries / median / copy
+            found["results"].append(
+                {
+                    "name": name,
+                    "block": size,
+                    "warps": warps,
+                    "milliseconds": 1e3 * median,
+                    "share_of_copy_bandwidth": share,
+                }
+            )
+            print(found["results"][-1], flush=True)
+            del optimizer
         task.report(found)
 
 
@@ -209,7 +256,7 @@ def article(task: Task) -> None:
         embedding_std=0.02,
         weight_decay=0.01,
         fused=True,
-        steps=60,
+        steps=120,
         warmup=warmup,
         decay=0.3,
     )
@@ -236,15 +283,15 @@ def article(task: Task) -> None:
 
 
 def steps_for(task: Task, config: Config, tokens: Tokens) -> int:
-    """How many steps there is time for, in two runs; from forty steps of a third one."""
+    """How many steps there is time for, in two runs; from the second half of a short third one."""
     start = time.monotonic()
     run = Run(config, tokens, task.device)
     made = time.monotonic() - start
     with torch.autocast(task.device, torch.bfloat16):
-        train(run, lambda run: None, stop=lambda: run.step >= 20)
-        before = run.seconds
+        train(run, lambda run: None, stop=lambda: 2 * run.step >= config.steps)
+        half = run.seconds
         train(run, lambda run: None)
-    each = (run.seconds - before) / (config.steps - 20)
+    each = (run.seconds - half) / (config.steps / 2)
     steps = int((task.left - 10 - 2 * made - 100 * each) / 2 / each)  # less what is measured at the end
     print(f"{made:.1f} s for a model, {1e3 * each:.1f} ms for a step: time for {steps} steps", flush=True)
     if steps < 200:
@@ -319,6 +366,7 @@ PARTS: dict[str, tuple[Callable[[Task], None], float]] = {
     "kernels": (kernels, 0.2),
     "subnormal": (subnormal, 0.05),
     "speed": (speed, 0.3),
+    "blocks": (blocks, 0.05),
     "article": (article, 0.45),
 }
 

@@ -485,14 +485,15 @@ def draw(lines: list[dict[str, Any]], title: str, path: Path) -> None:
         values = [x["ratio_to_fused_adamw"] for x in chosen]
         bars = ax.barh([x["name"] for x in chosen], values, color=colors)
         ax.bar_label(bars, [f"{v:.2f}" if v >= 0.1 else f"{v:.3f}" for v in values], padding=2, fontsize=8)
-        ax.axvline(1, color="black", linewidth=0.8)
+        ax.axvline(1, color="black", linewidth=0.8, zorder=0)
+        ax.margins(y=0.01)
         ax.set_xlim(0, 1.12 * max(values))
         ax.set_title(TITLES[size], loc="left", fontsize=10)
         ax.tick_params(labelsize=8)
         ax.spines[["top", "right"]].set_visible(False)
     axes[-1, 0].set_xlabel("time of a step over that of torch.optim.AdamW(fused=True)")
-    figure.suptitle(title, fontsize=9)
-    figure.tight_layout()
+    figure.suptitle(title, fontsize=9, x=0.01, ha="left")
+    figure.tight_layout(rect=(0, 0, 1, 0.99))
     figure.savefig(path, dpi=110)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -178,6 +179,63 @@ def test_the_loop_against_the_fastest_published_one() -> None:
     slower = times["Lion"] / min(times[name] for name in published) - 1
     assert slower <= 0.05
     assert "as fast as the fastest published one to within 5 %" in " ".join(README.split())
+
+
+def on_the_gpu(part: str) -> dict[str, Any]:
+    path = ROOT / "benchmarks" / "results" / "nvidia-h200" / f"{part}.json"
+    return dict(json.loads(path.read_text()))
+
+
+def test_the_speed_on_a_gpu() -> None:
+    text, speed = " ".join(README.split()), on_the_gpu("speed")
+    assert f"({speed['card']}, torch {speed['torch'].partition('+')[0]};" in text
+    lines = {(x["size"], x["name"]): x for x in speed["results"]}
+    took = {key: x["ratio_to_fused_adamw"] for key, x in lines.items()}
+    lion, half = lines["350m", "Lion (fused)"], lines["350m", "Lion (fused), all bf16"]
+    published = [took[key] for key in took if key[0] == "350m" and "Lion" in key[1] and "-" in key[1][:13]]
+    assert (
+        f"the fused Lion takes {took['350m', 'Lion (fused)']:.2f} of the time of torch's fused AdamW, at "
+        f"{lion['share_of_copy_bandwidth']:.2f} of the bandwidth of a copy; with its state in bfloat16 "
+        f"{took['350m', 'Lion (fused), state bf16']:.2f}, with everything in bfloat16 "
+        f"{half['ratio_to_fused_adamw']:.2f} ({half['bar']['found']:.2f} of AdamW in bfloat16). Base Tiger "
+        f"takes {took['350m', 'Tiger, base (fused)']:.2f} "
+        f"({took['350m', 'Tiger, base (fused, no guard)']:.2f} without its look at the gradients), Tiger's "
+        f"RMS form {took['350m', 'Tiger, RMS (fused)']:.2f}, our AdamW "
+        f"{took['350m', 'AdamW (fused)']:.2f}; of the published ones the fastest Lion takes "
+        f"{min(published):.2f}. On 200 tensors of 1,000 weights, where Python decides, Lion takes "
+        f"{took['small', 'Lion (fused)']:.2f}."
+    ) in text
+    share = {
+        x["name"]: x["share_of_copy_bandwidth"]
+        for x in on_the_gpu("blocks")["results"]
+        if (x["block"], x["warps"]) == (1024, 4)
+    }
+    lion_now, adamw_now = share["Lion (fused)"], share["AdamW (fused)"]
+    assert f"Lion at {lion_now:.2f} of a copy's bandwidth, AdamW at {adamw_now:.2f}" in text
+
+
+def test_the_tests_and_the_silent_momentum_on_a_gpu() -> None:
+    text, tests = " ".join(README.split()), on_the_gpu("kernels")
+    assert tests["tests"] - tests["passed"] == len(tests["failures"]) == 3
+    assert all("found_inf" in name for name in tests["failures"])
+    assert "passed but for three: steps with a `found_inf`" in text
+    ends = {
+        x["name"].partition(" ")[0].strip(","): x["end_in_smallest"]
+        for x in on_the_gpu("subnormal")["results"]
+    }
+    assert ends == {"Tiger": [14.0], "Lion": [50.0]}
+    assert "Tiger's stops at 14 · 2⁻¹⁴⁹, Lion's at 50 · 2⁻¹⁴⁹" in text
+
+
+def test_the_article_at_the_size_of_gpt2() -> None:
+    text, found = " ".join(README.split()), on_the_gpu("article")
+    tiger, lazy = found["runs"]
+    assert f"a rate of {found['config']['lr']:.4f} stands at ±{tiger['embedding_max']:.2f}" in text
+    assert f"{tiger['parameters'] / 1e6:.0f}M parameters, {found['config']['vocab_size']:,} tokens" in text
+    assert f"after {tiger['steps']:,} steps, with {100 * tiger['rare_saturated']:.0f} % of the" in text
+    assert lazy["rare_saturated"] == lazy["other_saturated"] == 0
+    assert f"the largest entry is {max(lazy['embedding_max'], -lazy['embedding_min']):.1f} and none" in text
+    assert f"is {tiger['val_loss']:.2f} without and {lazy['val_loss']:.2f} with them" in text
 
 
 def test_number_of_mutants() -> None:

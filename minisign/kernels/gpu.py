@@ -18,7 +18,6 @@ from minisign.kernels.triton_step import (
     BLOCK,
     INTERPRETED,
     ROW_BLOCK,
-    ROW_WARPS,
     WARPS,
     Form,
     Numbers,
@@ -93,7 +92,7 @@ def _launch(
         numbers_of(rule),
     )
     kernel = (step_rows if by_rows else step_blocks)[(len(table.owners),)]
-    options: dict[str, Any] = {} if INTERPRETED else options_of(by_rows)
+    options: dict[str, Any] = {} if INTERPRETED else options_of()
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         if form.guard or (rule.scale == RMS and rule.move and not by_rows):
             table.squares.zero_()
@@ -130,9 +129,9 @@ def form_of(
     )
 
 
-def options_of(by_rows: bool) -> dict[str, Any]:
+def options_of() -> dict[str, Any]:
     """How a kernel is compiled. Triton's own default of fusing multiply-adds changes between versions."""
-    return {"num_warps": ROW_WARPS if by_rows else WARPS, "enable_fp_fusion": False}
+    return {"num_warps": WARPS, "enable_fp_fusion": False}
 
 
 def numbers_of(rule: Rule) -> Numbers:
@@ -176,9 +175,9 @@ def _table(lines: array[int], by_rows: bool, cache: dict[Any, Any], device: torc
         counts = columns[9::COLUMNS] if by_rows else -(-columns[5::COLUMNS] // BLOCK)
         n = len(counts)
         tables[key] = Table(
-            columns=columns.to(device),
-            owners=torch.arange(n, dtype=torch.int32).repeat_interleave(counts).to(device),
-            firsts=(counts.cumsum(0) - counts).to(device),
+            columns=_send(columns, device),
+            owners=_send(torch.arange(n, dtype=torch.int32).repeat_interleave(counts), device),
+            firsts=_send(counts.cumsum(0) - counts, device),
             squares=torch.zeros(n, dtype=torch.float64, device=device),
             bad=torch.zeros(n, dtype=torch.int32, device=device),
         )
@@ -188,3 +187,8 @@ def _table(lines: array[int], by_rows: bool, cache: dict[Any, Any], device: torc
     if capturing:  # the graph will read it whenever it runs
         cache.setdefault("captured", []).append(tables[key])
     return tables[key]
+
+
+def _send(x: Tensor, device: torch.device) -> Tensor:
+    """To the device, without waiting for what it is at."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

@@ -28,9 +28,11 @@ import triton.language as tl
 from minisign.kernels import rule
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-BLOCK = 65536 if INTERPRETED else 4096  # entries of a program; one costs the interpreter some 3 ms
+# Entries of a program, and its warps: 8 entries a thread, which are 16 bytes of bfloat16, are what an H200
+# is fastest with (benchmarks/gpu.py, blocks). One program costs the interpreter some 3 ms.
+BLOCK = 65536 if INTERPRETED else 1024
 ROW_BLOCK = 1024
-WARPS, ROW_WARPS = 8, 4  # so that a thread has 16 bytes of bfloat16 at least
+WARPS = 4
 
 
 class Form(NamedTuple):
