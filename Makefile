@@ -9,7 +9,7 @@ EXECUTE := OMP_NUM_THREADS=1 $(BIN)/jupyter nbconvert --to notebook --execute --
   --ExecutePreprocessor.record_timing=False
 BENCH_READY := $(VENV)/.bench-ready
 
-.PHONY: help setup reproduce test check format lab notebooks notebook experiments mutants robust bench gpu data clean
+.PHONY: help setup reproduce test check format lab notebooks notebook experiments mutants robust versions bench gpu data clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ mutants: $(READY) ## plant bugs, one at a time, and see a test turn red; writes 
 
 robust: $(READY) ## every notebook under other threads, processors and seeds; writes docs/robustness.md
 	$(BIN)/python tests/robust.py
+
+versions: $(READY) ## tests under the oldest and newest torch, other Pythons; an hour, writes docs/versions.md
+	$(BIN)/python tests/versions.py
 
 bench: $(BENCH_READY) ## speed against other implementations, cost of the probes
 	$(BIN)/python benchmarks/optimizer_step.py

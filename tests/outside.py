@@ -15,14 +15,14 @@ NBVAL = ("--nbval-current-env", "--nbval-cell-timeout=300")  # and --nbval, or -
 
 
 def run_pytest(
-    root: Path, arguments: Sequence[str], **environment: str
+    root: Path, arguments: Sequence[str], python: str = sys.executable, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """pytest in ``root``, with the package that lies there and one thread unless told otherwise.
 
     Its ``returncode`` is 0 if all passed and 1 if some failed; what it printed is in ``stdout``.
     """
     settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), **environment}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     return subprocess.run(
         command,
         cwd=root,
