@@ -1,12 +1,12 @@
-"""Runs quick tests, those of optimizers and kernels, and notebook 00 under other versions of torch and Python.
+"""Quick tests, those of optimizers and kernels, and notebook 00 under other versions of torch and Python.
 
     make versions
     python tests/versions.py --only 3.13
 
 Each pair has an environment of its own in runs/versions, with the newest of everything else that pip finds
-for it: an hour, and some 5 GB each where torch comes with CUDA. One that is there already is used again.
-Writes docs/versions.md; exits with 1 if a test fails. A Python that is not on PATH as python3.x is left out,
-and named.
+for it: an hour, and some 5 GB each where torch comes with CUDA. One that is there is used again. Writes
+docs/versions.md; exits with 1 if a test fails. A Python that is not on PATH as python3.x is left out, and
+named.
 """
 
 from __future__ import annotations
