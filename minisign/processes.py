@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 
 def default_jobs() -> int:
     """As many as this process may use cores and has memory for, at least one."""
-    return max(1, min(_cores(), int(_memory() / MEMORY)))
+    return max(1, int(min(_cores(), _memory() / MEMORY)))
 
 
 def _cores() -> int:
