@@ -1,10 +1,11 @@
-"""``minisign reproduce`` of one commit against that of another, in turns: how much of its time it takes.
+"""``minisign reproduce`` of one commit against that of another, in turns: time, and whether figures differ.
 
-Each commit is checked out beside the repository's folder for temporary files, and both run under this Python
-and its packages. The commands run as a user would start them, with nothing set. With ``--busy`` a process counts
-for ever on each core in the meantime. What counts is the median of the ratios of neighbouring runs.
+Both run under this Python and its packages, from a copy of their files, as a user would start them: with
+nothing set but what the options say. What counts is the median ratio of neighbouring runs. Figures of two
+commits can only be compared at the same number of threads, as sums depend on it.
 
-    python benchmarks/main_job.py 2261659 HEAD --rounds 3 [--busy] [--steps 300]
+    python benchmarks/main_job.py 2261659 HEAD [--rounds 3] [--steps 1500] [--busy] [--out FILE]
+    python benchmarks/main_job.py 2261659 HEAD --rounds 1 --threads 1
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
@@ -30,16 +32,14 @@ ROOT = Path(__file__).resolve().parent.parent
 SET = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "PYTHONPATH")  # what a user would not have set
 
 
-@contextmanager
-def checked_out(commit: str) -> Iterator[tuple[str, Path]]:
-    """The full name of a commit, and a folder with its files."""
+def check_out(commit: str, folder: Path) -> str:
+    """Puts the files of a commit into a folder; returns its full name."""
     name = git("rev-parse", "--verify", f"{commit}^{{commit}}")
-    with tempfile.TemporaryDirectory() as folder:
-        git("worktree", "add", "--detach", folder, name)
-        try:
-            yield name, Path(folder)
-        finally:
-            git("worktree", "remove", "--force", folder)
+    packed = folder.with_suffix(".tar")
+    git("archive", "-o", str(packed), name)
+    with tarfile.open(packed) as archive:
+        archive.extractall(folder, filter="data")
+    return name
 
 
 def git(*arguments: str) -> str:
@@ -61,15 +61,26 @@ def busy(cores: int) -> Iterator[None]:
             loop.wait()
 
 
-def run(folder: Path, steps: int, out: Path) -> tuple[float, list[dict[str, Any]]]:
+def run(folder: Path, steps: int, threads: int | None, out: Path) -> tuple[float, list[dict[str, Any]]]:
     """Seconds that the command takes, and what it found."""
     environment = {name: value for name, value in os.environ.items() if name not in SET}
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
     command = [sys.executable, "-m", "minisign", "reproduce", "--steps", str(steps), "--out", str(out)]
     start = time.perf_counter()
-    # -m looks in the working directory first: the commit's own package is run.
+    # -m looks in the working directory first: it is the commit's own package that runs.
     subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - start
     return seconds, json.loads((out / "results.json").read_text())["runs"]
+
+
+def differing(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[str]:
+    """Of which variants a figure that both commits give is not the same, to the last bit."""
+    return [
+        a["variant"]
+        for a, b in zip(old, new, strict=True)
+        if any(a[name] != b[name] for name in (a.keys() & b.keys()) - {"seconds"})
+    ]
 
 
 def main() -> None:
@@ -79,42 +90,42 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=1500, metavar="N", help="default: %(default)s")
     parser.add_argument("--busy", action="store_true", help="with a busy loop on each core")
+    parser.add_argument("--threads", type=int, metavar="N", help="OMP_NUM_THREADS; default: not set")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="where to write the JSON; default: nowhere"
     )
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error(f"--rounds must be 1 or more, got {args.rounds}")
-    cores = len(os.sched_getaffinity(0))
+    cores = os.cpu_count() or 1
     seconds: dict[str, list[float]] = {"old": [], "new": []}
     found: dict[str, list[dict[str, Any]]] = {}
-    with (
-        checked_out(args.old) as (old, old_folder),
-        checked_out(args.new) as (new, new_folder),
-        tempfile.TemporaryDirectory() as out,
-        busy(cores if args.busy else 0),
-    ):
+    with tempfile.TemporaryDirectory() as name, busy(cores if args.busy else 0):
+        folder = Path(name)
+        commits = {which: check_out(getattr(args, which), folder / which) for which in seconds}
         for turn in range(args.rounds):
-            for which, folder in (("old", old_folder), ("new", new_folder)):
-                took, found[which] = run(folder, args.steps, Path(out) / which)
+            for which in commits:
+                took, found[which] = run(folder / which, args.steps, args.threads, folder / f"{which}-out")
                 seconds[which].append(round(took, 1))
                 print(f"round {turn + 1}, {which}: {took:.0f} s", flush=True)
     ratios = np.array(seconds["new"]) / np.array(seconds["old"])
     print(f"new / old: {np.median(ratios):.3f} ({ratios.min():.3f} to {ratios.max():.3f})")
-    result = {
-        "command": f"python benchmarks/main_job.py {args.old} {args.new} --rounds {args.rounds} "
-        f"--steps {args.steps}{' --busy' * args.busy}",
-        "old": old,
-        "new": new,
-        "cores": cores,
-        "busy": args.busy,
-        "steps": args.steps,
-        "seconds": seconds,
-        "ratio": round(float(np.median(ratios)), 3),
-        "results": found,
-        **about(),
-    }
+    unlike = differing(found["old"], found["new"])
+    print(f"figures that differ: {', '.join(unlike) or 'none'}")
     if args.out is not None:
+        result = {
+            "commits": commits,
+            "rounds": args.rounds,
+            "steps": args.steps,
+            "busy": args.busy,
+            "threads": args.threads,
+            "cores": cores,
+            "ratio": round(float(np.median(ratios)), 3),
+            "seconds": seconds,
+            "differ": unlike,
+            "found": found,
+            **about(threads=args.threads),
+        }
         write_whole(args.out, lambda path: write_json(path, result))
 
 

@@ -108,8 +108,8 @@ def _lines(log: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in log.read_text().splitlines()]
 
 
-def about() -> dict[str, dict[str, Any]]:
-    """Versions and machine, for a log."""
+def about(threads: int | None = 1) -> dict[str, dict[str, Any]]:
+    """Versions and machine, for a log; ``threads`` of each process, ``None`` for as many as torch takes."""
     import torch
 
     from minisign import __version__
@@ -125,7 +125,7 @@ def about() -> dict[str, dict[str, Any]]:
             "system": platform.system(),
             "processor": _processor(),
             "vectors": torch.backends.cpu.get_cpu_capability(),
-            "threads": 1,
+            "threads": threads,
         },
     }
 
