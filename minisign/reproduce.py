@@ -57,7 +57,8 @@ STEPS, DECAY = 1500, 0.5
 
 
 def base_config(text: Sequence[str] = (), steps: int = STEPS, seed: int = 0) -> Config:
-    """What all variants have in common."""
+    """What all variants have in common. Not ``fused``: under Tiger and AdamW the last bit would depend on
+    whether there is a compiler, and with it the table."""
     return Config(text=tuple(text), steps=steps, seed=seed, decay=DECAY)
 
 
