@@ -1,7 +1,7 @@
 """Tasks side by side, each in a process of one thread.
 
-Models as small as those here gain little from a second thread, and sums do not depend on how many there
-are: a result has the same bits whatever runs beside it.
+A model as small as those here gains little from a second thread, and with one its bits depend neither on
+the number of cores nor on what runs beside it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
-MEMORY = 0.8e9  # bytes: a process that trains the main job's model takes 0.55e9
+MEMORY = 0.8e9  # bytes; a process that trains the main job's model takes two thirds of it
 
 Result = TypeVar("Result")
 

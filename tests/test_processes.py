@@ -69,6 +69,7 @@ def state(number: int, tell: Callable[..., object]) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "process": os.getpid(),
         "waiting": os.environ["OMP_WAIT_POLICY"],
+        "sees Ctrl-C": signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ()),
     }
 
 
@@ -78,8 +79,10 @@ def sleep(seconds: float, tell: Callable[..., object]) -> float:
     return seconds
 
 
-def fail(message: str, tell: Callable[..., object]) -> None:
-    raise FloatingPointError(message)
+def fail_or_sleep(message: str, tell: Callable[..., object]) -> None:
+    if message:
+        raise FloatingPointError(message)
+    time.sleep(1e6)
 
 
 def die(tell: Callable[..., object]) -> None:
@@ -117,20 +120,21 @@ def test_every_task_has_one_thread_and_its_messages_come_before_its_result(
     assert {name: result["number"] for name, result in found.items()} == {"a": 0, "b": 1, "c": 2}
     assert {result["threads"] for result in found.values()} == {1}
     assert {result["waiting"] for result in found.values()} == {os.environ["OMP_WAIT_POLICY"]}
+    assert {result["sees Ctrl-C"] for result in found.values()} == {False}  # from its first moment on
     assert os.getpid() not in {result["process"] for result in found.values()}
     assert len({result["process"] for result in found.values()}) <= 2
     assert os.environ["OMP_NUM_THREADS"] == "2"
 
 
 def test_what_is_done_first_comes_first() -> None:
-    tasks = {"long": (600.0,), "short": (0.0,)}
+    tasks = {"long": (1e6,), "short": (0.0,)}
     with closing(side_by_side(sleep, tasks, 2)) as coming:
         assert next(coming) == ("short", 0.0)
 
 
 def test_closed_early_all_processes_end_at_once() -> None:
     running: list[int] = []
-    tasks = {"long": (600.0,), "short": (0.0,), "never begun": (600.0,)}
+    tasks = {"long": (1e6,), "short": (0.0,), "never begun": (1e6,)}
     with closing(side_by_side(sleep, tasks, 2, lambda name, process: running.append(process))) as coming:
         next(coming)
     assert running
@@ -139,7 +143,7 @@ def test_closed_early_all_processes_end_at_once() -> None:
 
 def test_an_error_is_the_tasks_own_and_ends_the_others() -> None:
     with pytest.raises(FloatingPointError, match="the loss is nan at step 10"):
-        list(side_by_side(fail, {"a": ("the loss is nan at step 10",), "b": ("the same",)}, 2))
+        list(side_by_side(fail_or_sleep, {"a": ("",), "b": ("the loss is nan at step 10",)}, 2))
 
 
 def test_a_process_that_dies_is_a_clear_error() -> None:
@@ -154,7 +158,7 @@ def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
         "from minisign.processes import side_by_side\n"
         "def sleep(tell):\n"
         "    tell(os.getpid())\n"
-        "    time.sleep(600)\n"
+        "    time.sleep(1e6)\n"
         "if __name__ == '__main__':\n"
         "    list(side_by_side(sleep, {'a': ()}, 2, lambda name, process: print(process, flush=True)))\n"
     )
