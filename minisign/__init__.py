@@ -5,6 +5,14 @@ Importing this loads torch and nothing else heavy; the model, the corpus and the
 their own.
 """
 
+import os
+import sys
+
+# Threads that wait for one another give their core away: spinning, they would slow one another down many
+# times where the machine has other work. OpenMP reads this once, when torch loads it.
+if "torch" not in sys.modules:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from minisign.optim import (
     AdamW,
     Hybrid,

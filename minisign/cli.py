@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from minisign.parallel import World
+    from minisign.reproduce import Progress
     from minisign.train import Config, Run
 
 DESCRIPTION = """\
@@ -145,6 +147,13 @@ def _reproduce_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="variants at a time, each in a process of one thread; 1, in one process with all of torch's "
+        "threads; default: by cores and memory, on a GPU 1",
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/reproduce"), metavar="DIR", help="default: %(default)s"
     )
@@ -359,25 +368,38 @@ def _corpus_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_reproduce(args: argparse.Namespace) -> int:
-    from minisign.reproduce import VariantRun, base_config, reproduce
+    from minisign.processes import default_jobs
+    from minisign.reproduce import Outcome, base_config, reproduce
     from minisign.train import pick_device
 
     device = pick_device(args.device)
     variants = [name.strip() for name in args.variants.split(",") if name.strip()]
     base = base_config(args.text or (), args.steps, args.seed)
-    finished: list[VariantRun] = []
+    jobs = args.jobs
+    if jobs is None:
+        jobs = default_jobs() if device.type == "cpu" else 1
+    finished: list[Outcome] = []
+    bars: list[Any] = []
     try:
-        reproduce(variants, args.form, base, device, args.out, _progress, finished.append)
+        reproduce(
+            variants, args.form, base, device, args.out, partial(_progress, bars), finished.append, jobs
+        )
+        interrupted = False
     except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        for bar in bars:
+            bar.close()
+    finished.sort(key=lambda outcome: variants.index(outcome.result["variant"]))
+    _print_table(finished)
+    if interrupted:
         kept = (
             f"{len(finished)} of {len(variants)} variants are in {args.out}"
             if finished
             else "nothing to keep"
         )
-        _print_table(finished)
         print(f"\ninterrupted: {kept}", file=sys.stderr)
         return 130
-    _print_table(finished)
     print(f"\nresults.json and the pictures are in {args.out}")
     return 0
 
@@ -419,7 +441,7 @@ def _train(args: argparse.Namespace, world: World, device: torch.device) -> int:
     bar = _bar("train", run.config.steps, run.step, is_shown=world.rank == 0)
 
     def after(run: Run) -> None:
-        _advance(bar, run, loss=f"{run.losses[-1]:.3f}")
+        _advance(bar, run.step, loss=f"{run.losses[-1]:.3f}")
         if args.save_every and run.step % args.save_every == 0 and run.step < run.config.steps:
             run.save(out)
 
@@ -562,8 +584,8 @@ def _stop_on_interrupt() -> list[int]:
 def _bar(name: str, total: int, done: int = 0, is_shown: bool = True) -> Any:
     from tqdm import tqdm
 
-    # In a log file, a line every half minute is enough.
-    pause = 0.1 if sys.stderr.isatty() else 30.0
+    # In a log file, a line every half minute is enough, and bars cannot stand one below the other.
+    pause, position = (0.1, None) if sys.stderr.isatty() else (30.0, 0)
     return tqdm(
         total=total,
         initial=done,
@@ -571,21 +593,24 @@ def _bar(name: str, total: int, done: int = 0, is_shown: bool = True) -> Any:
         unit="step",
         dynamic_ncols=True,
         mininterval=pause,
+        position=position,
         disable=not is_shown,
     )
 
 
-def _advance(bar: Any, run: Run, **shown: str) -> None:
+def _advance(bar: Any, step: int, **shown: str) -> None:
     bar.set_postfix(shown, refresh=False)
-    bar.update(run.step - bar.n)
+    bar.update(step - bar.n)
 
 
-def _progress(variant: str, config: Config) -> Any:
+def _progress(bars: list[Any], variant: str, config: Config) -> Progress:
     bar = _bar(variant, config.steps)
+    bars.append(bar)
 
-    def on_step(run: Run, largest: float) -> None:
-        _advance(bar, run, loss=f"{run.losses[-1]:.3f}", largest=f"{largest:.3g}")
-        if run.step == config.steps:
+    def on_step(step: int, loss: float, largest: float) -> None:
+        if step:
+            _advance(bar, step, loss=f"{loss:.3f}", largest=f"{largest:.3g}")
+        if step == config.steps:
             bar.close()
 
     return on_step

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from minisign.files import write_whole
+from minisign.processes import side_by_side
 from minisign.train import Config
 
 Figures = dict[str, Any]
@@ -87,18 +86,16 @@ def main(script: str, jobs: Sequence[Job], measure: Callable[[Job], Figures]) ->
                 done[key] = line
     todo = [job for job in jobs if job.key not in done]
     print(f"{len(todo)} of {len(jobs)} runs to make")
-    os.environ["OMP_NUM_THREADS"] = "1"  # read by the processes when they load torch
-    with ProcessPoolExecutor(arguments.processes, get_context("spawn")) as pool:
-        waiting = {pool.submit(_timed, measure, job): job for job in todo}
-        for i, future in enumerate(as_completed(waiting), 1):
-            job = waiting[future]
-            figures, seconds = future.result()
-            done[job.key] = {"job": job.to_json(), "figures": figures, "seconds": round(seconds, 1), **here}
+    tasks = {job.key: (measure, job) for job in todo}
+    with closing(side_by_side(_timed, tasks, arguments.processes)) as finished:
+        for i, (key, (figures, seconds)) in enumerate(finished, 1):
+            _, job = tasks[key]
+            done[key] = {"job": job.to_json(), "figures": figures, "seconds": round(seconds, 1), **here}
             write_whole(log, lambda path: _write(path, [done[k] for k in keys if k in done]))
             print(f"{i}/{len(todo)} {job.label}, seed {job.config.seed}: {seconds:.0f} s", flush=True)
 
 
-def _timed(measure: Callable[[Job], Figures], job: Job) -> tuple[Figures, float]:
+def _timed(measure: Callable[[Job], Figures], job: Job, tell: object) -> tuple[Figures, float]:
     start = time.perf_counter()
     return measure(job), time.perf_counter() - start
 
@@ -111,8 +108,8 @@ def _lines(log: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in log.read_text().splitlines()]
 
 
-def about() -> dict[str, dict[str, Any]]:
-    """Versions and machine, for a log."""
+def about(threads: int | None = 1) -> dict[str, dict[str, Any]]:
+    """Versions and machine, for a log; ``threads`` of each process, ``None`` for as many as torch takes."""
     import torch
 
     from minisign import __version__
@@ -128,7 +125,7 @@ def about() -> dict[str, dict[str, Any]]:
             "system": platform.system(),
             "processor": _processor(),
             "vectors": torch.backends.cpu.get_cpu_capability(),
-            "threads": 1,
+            "threads": threads,
         },
     }
 

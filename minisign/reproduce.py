@@ -1,15 +1,17 @@
 """The main job: the embedding blow-up and each fix, side by side, on the same text and the same batches.
 
-One function, :func:`reproduce`, trains the variants one after the other, measures, and leaves a table,
-three pictures and ``results.json``.
+One function, :func:`reproduce`, trains the variants, several at a time if it is told to, measures, and
+leaves a table, three pictures and ``results.json``.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +22,9 @@ import torch
 
 from minisign import theory
 from minisign.files import prepare_out, write_json, write_whole
+from minisign.gpt import GPT
 from minisign.probes import extremes, frequent_tokens, rare_tokens, row_rms, saturation
+from minisign.processes import side_by_side
 from minisign.tokenizer import Tokens
 from minisign.train import (
     Config,
@@ -53,7 +57,8 @@ STEPS, DECAY = 1500, 0.5
 
 
 def base_config(text: Sequence[str] = (), steps: int = STEPS, seed: int = 0) -> Config:
-    """What all variants have in common."""
+    """What all variants have in common. Not ``fused``: under Tiger and AdamW the last bit would depend on
+    whether there is a compiler, and with it the table."""
     return Config(text=tuple(text), steps=steps, seed=seed, decay=DECAY)
 
 
@@ -116,15 +121,14 @@ def fix_config(base: Config, label: str) -> Config:
 
 
 @dataclass
-class VariantRun:
-    """A trained variant and what the pictures need of it.
+class Outcome:
+    """What table and pictures need of a trained variant.
 
     Attributes:
         result: its entry in ``results.json``.
         steps, share: at intervals, the step and the largest |embedding entry| / bound.
         theory_label, theory: the closed form at those steps, where there is one.
         weight: the embedding [V, D] / bound.
-        run: the trained model, its optimizer and its text.
     """
 
     config: Config
@@ -134,39 +138,45 @@ class VariantRun:
     theory_label: str
     theory: np.ndarray | None
     weight: np.ndarray
+
+
+@dataclass
+class VariantRun(Outcome):
+    """The same, and the trained model, its optimizer and its text."""
+
     run: Run
 
 
-Progress = Callable[[Run, float], object]  # the run and its largest entry so far
+Progress = Callable[[int, float, float], object]  # steps done, the last one's loss, the largest entry
 
 
-def run_variant(
+def train_variant(
     variant: str,
-    config: Config,
-    tokens: Tokens,
+    run: Run,
     counts: np.ndarray,
-    device: torch.device | str = "cpu",
-    progress: Progress = lambda run, largest: None,
-) -> VariantRun:
+    progress: Progress = lambda step, loss, largest: None,
+) -> Outcome:
     """Trains one variant and measures its embedding.
 
     Args:
         variant: its name in the results.
+        run: not yet begun; trained in place.
         counts: how often each token is a training input in this run [V].
-        progress: called every ten steps.
+        progress: called at the start, where there is no loss (NaN), and every ten steps.
     """
-    run = Run(config, tokens, device)
+    config = run.config
     limit = theory.bound(config.embedding_decay)
     weight = run.model.embedding.weight
     start = max(map(abs, extremes(weight)))
     start_rms = float(row_rms(weight).mean())
     steps, share = [0], [start / limit]
+    progress(0, math.nan, start)
 
     def measure(run: Run) -> None:
         largest = max(map(abs, extremes(weight)))
         steps.append(run.step)
         share.append(largest / limit)
-        progress(run, largest)
+        progress(run.step, run.losses[-1], largest)
 
     train(run, measure)
     found = saturation(weight, counts, limit)
@@ -180,12 +190,33 @@ def run_variant(
         "bound": limit,
         **{k: None if math.isnan(v) else v for k, v in dataclasses.asdict(found).items()},
         "head_max": head,
+        "weights_sha256": _sha256(run.model),
         "seconds": run.seconds,
     }
     in_bounds = (weight.detach().float() / limit).cpu().numpy()
     at = np.array(steps[1:]) - 1
     expected = None if curve is None else np.concatenate([share[:1], curve[at] / limit])
-    return VariantRun(config, result, steps, share, label, expected, in_bounds, run)
+    return Outcome(config, result, steps, share, label, expected, in_bounds)
+
+
+def run_variant(
+    variant: str,
+    config: Config,
+    tokens: Tokens,
+    counts: np.ndarray,
+    device: torch.device | str = "cpu",
+) -> VariantRun:
+    """:func:`train_variant` from its configuration, with the trained model."""
+    run = Run(config, tokens, device)
+    return VariantRun(**vars(train_variant(variant, run, counts)), run=run)
+
+
+def _sha256(model: GPT) -> str:
+    """Of all weights, to tell whether two runs are equal to the last bit."""
+    digest = hashlib.sha256()
+    for value in model.state_dict().values():
+        digest.update(value.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _theory(config: Config, start: float, start_rms: float) -> tuple[str, np.ndarray | None]:
@@ -205,9 +236,10 @@ def reproduce(
     base: Config | None = None,
     device: torch.device | str = "cpu",
     out: Path | None = None,
-    progress: Callable[[str, Config], Progress] = lambda variant, config: lambda run, largest: None,
-    finished: Callable[[VariantRun], object] = lambda run: None,
-) -> list[VariantRun]:
+    progress: Callable[[str, Config], Progress] = lambda variant, config: lambda step, loss, largest: None,
+    finished: Callable[[Outcome], object] = lambda outcome: None,
+    jobs: int = 1,
+) -> list[Outcome]:
     """Trains the variants and writes what is found.
 
     Args:
@@ -215,21 +247,28 @@ def reproduce(
         form: ``"rms"``, Tiger as its author ships it; ``"base"``, the article's equation.
         base: what the variants share, from :func:`base_config`.
         out: a folder for ``results.json`` and the pictures; written anew after each variant, so that
-            an interruption loses only the variant it hits.
-        progress: given a variant and its configuration, returns what :func:`run_variant` is to call.
-        finished: called with each run when it is measured and saved.
+            an interruption loses only those that it hits.
+        progress: given a variant that begins and its configuration, returns what :func:`train_variant` is
+            to call.
+        finished: called with each outcome when it is measured and saved.
+        jobs: how many variants at a time. 1, one after the other in this process, with as many threads as
+            torch has; more, in processes of one thread each, which are spawned: a script that asks for them
+            needs ``if __name__ == "__main__"``. At the same number of threads the bits are the same.
 
     Returns:
-        The runs, in order.
+        The outcomes, in the order of the variants.
 
     Raises:
         ValueError: an unknown variant or form, a text that cannot be used, a folder that cannot be
-            written; before anything is trained.
+            written, no jobs; before anything is trained.
+        ChildProcessError: a process died.
     """
     base = base or base_config()
     configs = {name: variant_config(base, name, form) for name in variants}
     if not configs:
         raise ValueError(f"no variants: choose from {', '.join(VARIANTS)}")
+    if jobs < 1:
+        raise ValueError(f"jobs must be 1 or more, got {jobs}")
     tokens = load_tokens(base)
     if out is not None:
         prepare_out(out)
@@ -244,21 +283,49 @@ def reproduce(
         "rare_tokens": int(rare_tokens(counts).sum()),
         "frequent_tokens": int(frequent_tokens(counts).sum()),
         "device": str(device),
-        "threads": torch.get_num_threads(),
+        "threads": 1 if jobs > 1 else torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    runs: list[VariantRun] = []
+    shown: dict[str, Progress] = {}
+
+    def hear(name: str, step: int, loss: float, largest: float) -> None:
+        if name not in shown:
+            shown[name] = progress(name, configs[name])
+        shown[name](step, loss, largest)
+
+    def one_by_one() -> Generator[tuple[str, Outcome], None, None]:
+        for name, task in tasks.items():
+            yield name, _outcome(*task, partial(hear, name))
+
+    tasks = {name: (name, config, tokens, counts, device) for name, config in configs.items()}
+    outcomes: dict[str, Outcome] = {}
     try:
-        for name, config in configs.items():
-            runs.append(run_variant(name, config, tokens, counts, device, progress(name, config)))
-            if out is not None:
-                write_results(out, about, runs)
-            finished(runs[-1])
+        with closing(side_by_side(_outcome, tasks, jobs, hear) if jobs > 1 else one_by_one()) as coming:
+            for name, outcome in coming:
+                outcomes[name] = outcome
+                if out is not None:
+                    write_results(out, about, _in_order(outcomes, configs))
+                finished(outcome)
     finally:
-        if out is not None and runs:
-            write_pictures(out, runs, counts, form)
-    return runs
+        if out is not None and outcomes:
+            write_pictures(out, _in_order(outcomes, configs), counts, form)
+    return _in_order(outcomes, configs)
+
+
+def _outcome(
+    variant: str,
+    config: Config,
+    tokens: Tokens,
+    counts: np.ndarray,
+    device: torch.device | str,
+    progress: Progress,
+) -> Outcome:
+    return train_variant(variant, Run(config, tokens, device), counts, progress)
+
+
+def _in_order(outcomes: dict[str, Outcome], names: Iterable[str]) -> list[Outcome]:
+    return [outcomes[name] for name in names if name in outcomes]
 
 
 def _differences(base: Config, config: Config) -> dict[str, Any]:
@@ -270,13 +337,13 @@ def _differences(base: Config, config: Config) -> dict[str, Any]:
     }
 
 
-def write_results(out: Path, about: dict[str, Any], runs: Sequence[VariantRun]) -> None:
+def write_results(out: Path, about: dict[str, Any], runs: Sequence[Outcome]) -> None:
     """``results.json``: the configuration, and each run's figures."""
     results = {"config": about, "runs": [run.result for run in runs]}
     write_whole(out / "results.json", lambda path: write_json(path, results))
 
 
-def write_pictures(out: Path, runs: Sequence[VariantRun], counts: np.ndarray, form: str) -> list[Path]:
+def write_pictures(out: Path, runs: Sequence[Outcome], counts: np.ndarray, form: str) -> list[Path]:
     """The three pictures of the runs; ``counts`` is how often each token was seen [V]."""
     from minisign import plots  # matplotlib takes a second to load
 
@@ -284,7 +351,7 @@ def write_pictures(out: Path, runs: Sequence[VariantRun], counts: np.ndarray, fo
     what = f"{form} form, {steps} steps"
     names = [run.result["variant"] for run in runs]
     rare, frequent = rare_tokens(counts), frequent_tokens(counts)
-    expected: dict[tuple[str, float], VariantRun] = {}
+    expected: dict[tuple[str, float], Outcome] = {}
     for run in runs:
         if run.theory is not None:
             expected.setdefault((run.theory_label, run.config.lr or 0.0), run)

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from minisign import checkpoint
 from minisign.checkpoint import Checkpoint
 from minisign.corpus import DEFAULT as DEFAULT_CORPUS, CorpusConfig, generate
 from minisign.files import MISFITS, one_line, write_json, write_whole
 from minisign.gpt import GPT, GPTConfig
+from minisign.loss import cross_entropy
 from minisign.optim import AdamW, Hybrid, Lion, Signum, Tiger, param_groups, track_rows
 from minisign.optim.base import check_number
 from minisign.optim.shards import like_rows, whole
@@ -526,7 +526,7 @@ def training_step(run: Run) -> Callable[[], Tensor]:
 def next_token_loss(model: nn.Module, windows: Tensor) -> Tensor:
     """Mean cross-entropy, in nats per token, of windows [B, T + 1]."""
     logits = model(windows[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+    return cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
 
 def validation_loss(run: Run, limit: int = 512) -> float:

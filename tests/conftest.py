@@ -9,6 +9,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Triton reads it when a kernel's module is loaded: then kernels run on a CPU, in NumPy. With 0, on a GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import minisign  # noqa: F401  # before torch: it says how threads wait
+
+# isort: split
+
 import pytest
 import torch
 

@@ -40,6 +40,8 @@ def faults(path: Path) -> list[str]:
         found.append(f"{ignored} cells are ignored, more than {IGNORED}")
     if not any("lessons.start()" in cell.source for cell in code[:1]):
         found.append("the first code cell does not call lessons.start()")
+    if _loads_torch_first(code[:1]):
+        found.append("the first code cell loads torch before minisign, which says how its threads wait")
     if "solutions" in path.parts:
         return found + _of_solutions(cells)
     return found + _of_claims(cells) + _of_figures(cells) + _of_exercises(cells, path.stem)
@@ -76,6 +78,18 @@ def _of_a_code_cell(cell: Cell, number: int) -> list[str]:
         if isinstance(node, ast.ExceptHandler):
             found.append("catches exceptions")
     return found
+
+
+def _loads_torch_first(first: list[Cell]) -> bool:
+    """Whether ``import torch`` or ``from torch… import …`` comes before minisign's."""
+    names: list[str] = []
+    for node in ast.walk((first and _parse(first[0])) or ast.Module([], [])):
+        if isinstance(node, ast.ImportFrom):
+            names.append(node.module or "")
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    packages = [name.partition(".")[0] for name in names]
+    return next((p for p in packages if p in ("minisign", "torch")), "") == "torch"
 
 
 def _of_claims(cells: list[Cell]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -51,6 +52,7 @@ def start(command: list[Any]) -> subprocess.Popen[str]:
         command,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
         # Where the tests run in the background of a shell, children would ignore Ctrl-C.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
@@ -61,12 +63,14 @@ def start(command: list[Any]) -> subprocess.Popen[str]:
 
 
 def interrupt(process: subprocess.Popen[str]) -> str:
-    """Ctrl-C; what the process then says on stderr. It must end by itself, with exit code 130."""
-    process.send_signal(signal.SIGINT)
+    """Ctrl-C, which a terminal sends to a command and all that it has started; what is then said on stderr.
+    All of them must end by themselves, the command with exit code 130."""
+    os.killpg(process.pid, signal.SIGINT)
     try:
-        _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
+        _, err = process.communicate(timeout=300)  # until nobody can write to it any more
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     assert process.returncode == 130, err
     assert "Traceback" not in err
     return err
@@ -127,15 +131,15 @@ def test_reproduce_takes_tiny_packed_and_several_texts(tmp_path: Path, text: str
 def test_interrupted_reproduce_keeps_what_is_finished(
     tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    real = reproduce_module.run_variant
+    real = reproduce_module.train_variant
 
-    def interrupted(variant: str, *args: Any, **kwargs: Any) -> Any:
+    def interrupted(variant: str, *args: Any) -> Any:
         if variant == "lion":
             raise KeyboardInterrupt
-        return real(variant, *args, **kwargs)
+        return real(variant, *args)
 
-    monkeypatch.setattr(reproduce_module, "run_variant", interrupted)
-    argv = ["reproduce", "--text", text, "--variants", "tiger,lion,adamw", "--steps", "3"]
+    monkeypatch.setattr(reproduce_module, "train_variant", interrupted)
+    argv = ["reproduce", "--text", text, "--variants", "tiger,lion,adamw", "--steps", "3", "--jobs", "1"]
     assert main([*argv, "--out", str(tmp_path)]) == 130
     results = json.loads((tmp_path / "results.json").read_text())
     assert [r["variant"] for r in results["runs"]] == ["tiger"]
@@ -145,7 +149,45 @@ def test_interrupted_reproduce_keeps_what_is_finished(
 
 def test_ctrl_c_for_real(tmp_path: Path, text: str) -> None:
     command = [*MINISIGN, "reproduce", "--text", text, "--variants", "adamw", "--steps", "100000"]
-    assert "interrupted" in interrupt(start([*command, "--out", tmp_path]))
+    assert "interrupted: nothing to keep" in interrupt(start([*command, "--jobs", "1", "--out", tmp_path]))
+
+
+def test_ctrl_c_with_two_jobs_keeps_what_is_finished_and_ends_all_processes(
+    tmp_path: Path, text: str
+) -> None:
+    command = [*MINISIGN, "reproduce", "--text", text, "--variants", "tiger,lion,adamw", "--steps", "100"]
+    process = start([*command, "--jobs", "2", "--out", tmp_path])
+    while not (tmp_path / "results.json").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    err = interrupt(process)
+    kept = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert 1 <= len(kept) <= 2
+    assert f"interrupted: {len(kept)} of 3 variants are in" in err
+    assert (tmp_path / "growth.png").exists()
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_loss_that_is_not_finite(
+    jobs: str, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setitem(VARIANTS["lion"], "lr", 1e38)
+    argv = ["reproduce", "--text", text, "--variants", "lion", "--steps", "20", "--jobs", jobs]
+    assert main([*argv, "--out", str(tmp_path)]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "minisign reproduce: error: the loss is nan at step 10"
+
+
+def test_as_many_jobs_as_cores_by_default_and_one_on_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(reproduce_module, "reproduce", lambda *arguments: asked.append(arguments[-1]))
+    monkeypatch.setattr("minisign.processes.default_jobs", lambda: 7)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for argv in ([], ["--jobs", "3"], ["--device", "cuda"], ["--device", "cuda", "--jobs", "2"]):
+        assert main(["reproduce", "--out", str(tmp_path), *argv]) == 0
+    assert asked == [7, 3, 1, 2]
 
 
 @pytest.mark.parametrize("form", ["rms", "base"])
@@ -247,6 +289,8 @@ def test_bad_reproduce(tmp_path: Path, text: str, capsys: Any) -> None:
         (["--steps", "0"], "steps must be 1 or more, got 0"),
         (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
         (["--seed", "-1"], "seed must be 0 or more, got -1"),
+        (["--jobs", "0"], "jobs must be 1 or more, got 0"),
+        (["--jobs", "x"], "argument --jobs: invalid int value: 'x'"),
         (["--device", "tpu"], "unknown device 'tpu'"),
         (["--text", str(tmp_path / "missing.txt")], "missing.txt: No such file"),
         (["--text", str(empty)], "empty.txt is empty"),

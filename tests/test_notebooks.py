@@ -157,6 +157,10 @@ SPOILED: dict[str, tuple[Callable[[NotebookNode], object], str]] = {
     "caught exception": (source(5, "try:\n    assert half\nexcept Exception:\n    pass"), "catches exce"),
     "not Python": (source(7, "def step(:"), "is not Python"),
     "long cell": (source(7, "x = 1\n" * 17), "has 17 lines, more than 16"),
+    "torch first": (
+        source(1, "from torch import nn\nfrom minisign import lessons\n\nlessons.start()"),
+        "loads torch before minisign",
+    ),
     "no start": (source(1, "import minisign"), "does not call lessons.start()"),
     "machine path": (output(3, shown("'/home/me/file'")), "belongs to one machine: '/home/'"),
     "address": (output(3, shown("<object at 0x7f3a12bc>")), "belongs to one machine: '0x7f3a12bc'"),
