@@ -67,6 +67,7 @@ bench: $(BENCH_READY) ## speed against other implementations, cost of the probes
 	$(BIN)/python benchmarks/optimizer_step.py
 	$(BIN)/python benchmarks/training_loop.py
 	$(BIN)/python benchmarks/probes.py
+	$(BIN)/python benchmarks/text.py
 
 data: $(READY) ## write data/ anew
 	$(BIN)/python data/make.py
