@@ -6,19 +6,21 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import HANG
 from safetensors.torch import load_file
 
 from minisign import reproduce as reproduce_module
+from minisign.checkpoint import steps_of
 from minisign.cli import main
 from minisign.corpus import CorpusConfig, generate
 from minisign.kernels import cpu
 from minisign.reproduce import VARIANTS, variant_config
+from minisign.tokenizer import Tokens
 
 MINISIGN = [sys.executable, "-m", "minisign"]
 SMALL = "--batch 4 --context 8 --layers 1 --width 16 --heads 2 --vocab-size 300 --warmup 2".split()
@@ -56,7 +58,6 @@ def start(command: list[Any]) -> subprocess.Popen[str]:
     )
     assert process.stderr is not None
     process.stderr.read(5)
-    time.sleep(0.3)
     return process
 
 
@@ -64,7 +65,7 @@ def interrupt(process: subprocess.Popen[str]) -> str:
     """Ctrl-C; what the process then says on stderr. It must end by itself, with exit code 130."""
     process.send_signal(signal.SIGINT)
     try:
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=HANG)
     finally:
         process.kill()
     assert process.returncode == 130, err
@@ -144,7 +145,7 @@ def test_interrupted_reproduce_keeps_what_is_finished(
 
 
 def test_ctrl_c_for_real(tmp_path: Path, text: str) -> None:
-    command = [*MINISIGN, "reproduce", "--text", text, "--variants", "adamw", "--steps", "100000"]
+    command = [*MINISIGN, "reproduce", "--text", text, "--variants", "adamw", "--steps", "10000"]
     assert "interrupted" in interrupt(start([*command, "--out", tmp_path]))
 
 
@@ -196,11 +197,27 @@ def test_options_reach_the_configuration(tmp_path: Path) -> None:
     assert [config["head"], config["embedding_scale"], config["vocab_rare_share"]] == ["bias", 0.5, 0.5]
 
 
-def test_ctrl_c_saves_a_run_that_goes_on_to_the_same_weights(tmp_path: Path, text: str) -> None:
-    shared = ["train", "--text", text, *SMALL, "--steps", "2000", "--decay", "0.5"]
+def test_ctrl_c_saves_a_run_that_goes_on_to_the_same_weights(
+    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    shared = ["train", "--text", text, *SMALL, "--steps", "60", "--decay", "0.5"]
     broken, whole = str(tmp_path / "broken"), str(tmp_path / "whole")
-    err = interrupt(start([*MINISIGN, *shared, "--out", broken]))
-    assert "go on with minisign train --resume" in err
+    real = Tokens.batch
+
+    def interrupting(tokens: Tokens, seed: int, step: int, *sizes: int) -> Any:
+        if step == 41:
+            signal.raise_signal(signal.SIGINT)
+        return real(tokens, seed, step, *sizes)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Tokens, "batch", interrupting)
+            assert main([*shared, "--out", broken]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "go on with minisign train --resume" in capsys.readouterr().err
+    assert steps_of(Path(broken)) == [42]
     assert main(["train", "--resume", broken]) == 0
     assert main([*shared, "--out", whole]) == 0
     a, b = (load_file(f"{d}/model.safetensors") for d in (broken, whole))

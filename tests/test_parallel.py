@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pytest
 import torch
 from filelock import FileLock
 from parallel_worker import poison
+from processes import HANG, wait_until
 from safetensors.torch import load_file
 
 from minisign import EmbeddingWatch, Tiger, track_rows
@@ -87,7 +87,7 @@ def torchrun(
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=500,
+        timeout=HANG,
         **options,
     )
     assert not check or done.returncode == 0, done.stdout[-3000:]
@@ -252,9 +252,7 @@ def test_a_killed_process_ends_the_others_and_leaves_the_checkpoint(engine: str,
         text=True,
     )
     try:
-        deadline = time.time() + 120
-        while not (tmp_path / "dying").exists() and time.time() < deadline:
-            time.sleep(0.2)
+        wait_until((tmp_path / "dying").exists, lambda: started.poll() is None)
         children = {}
         for entry in Path("/proc").iterdir():
             if entry.name.isdecimal():
@@ -264,7 +262,7 @@ def test_a_killed_process_ends_the_others_and_leaves_the_checkpoint(engine: str,
                     if parent == started.pid:
                         children.update({x: int(entry.name) for x in environment if x.startswith(b"RANK=")})
         os.kill(children[b"RANK=1"], signal.SIGKILL)
-        output, _ = started.communicate(timeout=90)
+        output, _ = started.communicate(timeout=HANG)
     finally:
         started.kill()
     assert started.returncode != 0
