@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from filelock import FileLock
+from once import Once
 from parallel_worker import poison
 from processes import HANG, wait_until
 from safetensors.torch import load_file
@@ -99,18 +99,10 @@ def run_jobs(processes: int, jobs: list[dict[str, Any]], folder: Path) -> None:
     torchrun(processes, str(HERE / "parallel_worker.py"), str(folder / f"jobs-{processes}.json"))
 
 
-@pytest.fixture(scope="session")
-def two(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """A folder with what two processes made of every case, engine/case and engine/case NaN; made once for
-    all of pytest-xdist's workers."""
-    root = tmp_path_factory.getbasetemp()
-    folder = (root if worker_id == "master" else root.parent) / "two"
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "made").exists():
-            folder.mkdir(exist_ok=True)
-            run_jobs(2, jobs_of_two(folder), folder)
-            (folder / "made").touch()
-    return folder
+@pytest.fixture
+def two(once: Once) -> Path:
+    """A folder with what two processes made: engine/case, engine/case NaN and engine/case half."""
+    return once("two", lambda folder: run_jobs(2, jobs_of_two(folder), folder))
 
 
 def jobs_of_two(folder: Path) -> list[dict[str, Any]]:
