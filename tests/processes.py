@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from collections.abc import Callable
 
+# Processes that need not import torch again.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["fuzzing", "minisign.cli"])
 HANG = 900  # seconds until what is waited for is taken to hang; no test is meant to come near it
 
 
