@@ -6,9 +6,20 @@ import multiprocessing
 import time
 from collections.abc import Callable
 
-# Processes that need not import torch again.
+# Processes that need not import again what takes seconds. It finds installed modules only, and torch's
+# optimizers load torch._dynamo at their first step.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["fuzzing", "minisign.cli"])
+FORKS.set_forkserver_preload(
+    [
+        "minisign.reproduce",
+        "minisign.guard",
+        "minisign.inspection",
+        "minisign.pretrained",
+        "pytest",
+        "safetensors.torch",
+        "torch._dynamo",
+    ]
+)
 HANG = 900  # seconds until what is waited for is taken to hang; no test is meant to come near it
 
 
