@@ -3,13 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# Two processes with one thread each: sums, and so the notebooks' last digits, do not depend on the cores.
-TWICE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+# A process for each core, with one thread: sums, and so the notebooks' last digits, do not depend on the cores.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto
 EXECUTE := OMP_NUM_THREADS=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
   --ExecutePreprocessor.record_timing=False
 BENCH_READY := $(VENV)/.bench-ready
 
-.PHONY: help setup reproduce test check format lab notebooks notebook experiments mutants robust versions bench gpu data clean
+.PHONY: help setup reproduce test quick check format lab notebooks notebook experiments mutants robust versions bench gpu data clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,9 +30,11 @@ $(BENCH_READY): $(READY)
 reproduce: $(READY) ## train all variants, print the table, leave pictures in runs/reproduce
 	$(BIN)/minisign reproduce
 
-test: $(READY) ## all tests, then every notebook
-	$(TWICE) tests
-	$(TWICE) --dist loadfile --nbval --nbval-current-env --nbval-cell-timeout 300 notebooks
+test: $(READY) ## all tests and every notebook
+	$(PYTEST) --nbval --nbval-current-env --nbval-cell-timeout 900 tests notebooks
+
+quick: $(READY) ## the tests that are quick, for while you work
+	$(PYTEST) -m "not slow" tests
 
 check: $(READY) ## format, lint, types
 	$(BIN)/ruff format --check .
@@ -70,6 +72,7 @@ bench: $(BENCH_READY) ## speed against other implementations, cost of the probes
 	$(BIN)/python benchmarks/optimizer_step.py
 	$(BIN)/python benchmarks/training_loop.py
 	$(BIN)/python benchmarks/probes.py
+	$(BIN)/python benchmarks/text.py
 
 gpu: $(READY) ## on a machine with a CUDA card: all that only it can tell, in eight minutes
 	$(BIN)/python -m benchmarks.gpu

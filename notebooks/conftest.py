@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from filelock import FileLock
@@ -17,8 +18,11 @@ _times = pytest.StashKey[dict[str, tuple[float, float]]]()
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup() -> Generator[None, None, None]:
-    """A kernel looks for free ports before it takes them, so of two that start at once one may die."""
-    with FileLock(Path(tempfile.gettempdir()) / f"minisign-kernels-{getattr(os, 'getuid', int)()}.lock"):
+    """A kernel looks for free ports before it takes them, so of two that start at once one may die. And it
+    starts as for a reader, without what the tests beside it have set."""
+    lock = FileLock(Path(tempfile.gettempdir()) / f"minisign-kernels-{getattr(os, 'getuid', int)()}.lock")
+    with lock, mock.patch.dict(os.environ):
+        os.environ.pop("TRITON_INTERPRET", None)
         return (yield)
 
 

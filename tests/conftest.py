@@ -15,9 +15,17 @@ import minisign  # noqa: F401  # before torch: it says how threads wait
 
 import pytest
 import torch
+from once import Once
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Each test starts from the same random state."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Once:
+    """``once(name, make)`` → a folder that ``make(folder)`` has filled, once for all workers."""
+    own = tmp_path_factory.getbasetemp()
+    return Once((own if worker_id == "master" else own.parent) / "once")

@@ -7,14 +7,12 @@ import dataclasses
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import pickle
 import random
 import resource
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from processes import FORKS, HANG
 from safetensors.torch import save_file
 
 import minisign.train
@@ -45,10 +44,6 @@ PROGRAMS = (
     "subprocess.Popen",
     "socket.connect",
 )
-# Processes that need not import torch again.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["fuzzing", "minisign.cli"])
-SECONDS = 30  # one file may take
 GIBIBYTES = 3  # that the process may take beside what it has
 CONFIG = Config(
     corpus=CorpusConfig(words=3000),
@@ -296,7 +291,7 @@ def _two_lines(_: bytes) -> None:
 HARMFUL: dict[str, Callable[[Path], Reader]] = {  # what has to be noticed
     "code was executed": _harmful(pickle.loads),
     "exec <code": _harmful(lambda _: exec("1")),
-    "died with -14": _harmful(lambda _: time.sleep(60)),
+    "died with -14": _harmful(lambda _: signal.pause()),
     "died with -11": _harmful(lambda _: os.kill(os.getpid(), signal.SIGSEGV)),
     "MemoryError": _harmful(lambda _: bytearray(5 << 30)),
     "of no or several lines": _harmful(_two_lines),
@@ -317,7 +312,7 @@ class Evil:
         return os.mkdir, (str(self.mark),)
 
 
-def _read_all(name: str, folder: Path, count: int, seed: int, log: Path) -> None:
+def _read_all(name: str, folder: Path, count: int, seed: int, log: Path, seconds: int) -> None:
     harm: list[str] = []
     reading = False
 
@@ -339,7 +334,7 @@ def _read_all(name: str, folder: Path, count: int, seed: int, log: Path) -> None
             reader.file.write_bytes(bad)
             reader.mend()
             log.write_text(json.dumps({"file": i, **outcomes}))  # what is left if the process dies
-            signal.alarm(SECONDS if name in READERS else 1)
+            signal.alarm(seconds)
             reading = True
             try:
                 reader.read()
@@ -380,11 +375,13 @@ def _is_installed(code: Any) -> bool:
     return name.startswith("<frozen ") or Path(name).is_file()
 
 
-def fuzz(name: str, folder: Path, count: int | None = None, seed: int = 0) -> dict[str, Any]:
+def fuzz(
+    name: str, folder: Path, count: int | None = None, seed: int = 0, seconds: int = HANG
+) -> dict[str, Any]:
     """Reads mutations of a file with ``READERS[name]``, in a process of its own.
 
-    Only ValueError of one line may come of it: no other error, no crash, no file that takes longer than
-    30 seconds or more than 3 GiB, no code executed.
+    Only ValueError of one line may come of it: no other error, no crash, no file that takes more than 3 GiB
+    or, as it hangs, more than ``seconds``; no code executed.
 
     Returns:
         how many were ``"read"`` and how many ``"refused"``.
@@ -392,7 +389,7 @@ def fuzz(name: str, folder: Path, count: int | None = None, seed: int = 0) -> di
     log = folder / "log.json"
     (folder / "files").mkdir()
     count = READERS[name][1] if count is None else count
-    process = FORKS.Process(target=_read_all, args=(name, folder / "files", count, seed, log))
+    process = FORKS.Process(target=_read_all, args=(name, folder / "files", count, seed, log, seconds))
     process.start()
     process.join()
     assert log.exists(), f"died with {process.exitcode} before it read anything"

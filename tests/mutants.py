@@ -21,7 +21,16 @@ from outside import NBVAL, ROOT, report, run_pytest
 
 TABLE = ROOT / "docs" / "mutants.md"
 TEXT = "Each bug is planted alone in a copy of the tree, in which the tests passed before."
-PARTS = ("minisign", "tests", "notebooks", "experiments", "data", "pyproject.toml", "README.md")
+PARTS = (
+    "minisign",
+    "tests",
+    "notebooks",
+    "experiments",
+    "data",
+    "conftest.py",
+    "pyproject.toml",
+    "README.md",
+)
 OPTIM, THEORY, GPT = "tests/test_optim.py::", "tests/test_theory_and_probes.py::", "tests/test_gpt.py::"
 BLOCKS = "tests/test_heterogeneity.py::"
 FUSED, RELEASE = "tests/test_fused.py::", "tests/test_release.py::"

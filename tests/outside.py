@@ -11,7 +11,7 @@ from pathlib import Path
 from minisign.experiment import about
 
 ROOT = Path(__file__).parent.parent
-NBVAL = ("--nbval-current-env", "--nbval-cell-timeout=300")  # and --nbval, or --nbval-lax
+NBVAL = ("--nbval-current-env", "--nbval-cell-timeout=900")  # and --nbval, or --nbval-lax
 
 
 def run_pytest(

@@ -7,19 +7,21 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import HANG, wait_until
 from safetensors.torch import load_file
 
 from minisign import reproduce as reproduce_module
+from minisign.checkpoint import steps_of
 from minisign.cli import main
 from minisign.corpus import CorpusConfig, generate
 from minisign.kernels import cpu
 from minisign.reproduce import VARIANTS, variant_config
+from minisign.tokenizer import Tokens
 
 MINISIGN = [sys.executable, "-m", "minisign"]
 SMALL = "--batch 4 --context 8 --layers 1 --width 16 --heads 2 --vocab-size 300 --warmup 2".split()
@@ -58,7 +60,6 @@ def start(command: list[Any]) -> subprocess.Popen[str]:
     )
     assert process.stderr is not None
     process.stderr.read(5)
-    time.sleep(0.3)
     return process
 
 
@@ -67,7 +68,7 @@ def interrupt(process: subprocess.Popen[str]) -> str:
     All of them must end by themselves, the command with exit code 130."""
     os.killpg(process.pid, signal.SIGINT)
     try:
-        _, err = process.communicate(timeout=300)  # until nobody can write to it any more
+        _, err = process.communicate(timeout=HANG)  # until nobody can write to it any more
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise
@@ -148,7 +149,7 @@ def test_interrupted_reproduce_keeps_what_is_finished(
 
 
 def test_ctrl_c_for_real(tmp_path: Path, text: str) -> None:
-    command = [*MINISIGN, "reproduce", "--text", text, "--variants", "adamw", "--steps", "100000"]
+    command = [*MINISIGN, "reproduce", "--text", text, "--variants", "adamw", "--steps", "10000"]
     assert "interrupted: nothing to keep" in interrupt(start([*command, "--jobs", "1", "--out", tmp_path]))
 
 
@@ -157,9 +158,7 @@ def test_ctrl_c_with_two_jobs_keeps_what_is_finished_and_ends_all_processes(
 ) -> None:
     command = [*MINISIGN, "reproduce", "--text", text, "--variants", "tiger,lion,adamw", "--steps", "100"]
     process = start([*command, "--jobs", "2", "--out", tmp_path])
-    while not (tmp_path / "results.json").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
+    wait_until((tmp_path / "results.json").exists, lambda: process.poll() is None)
     err = interrupt(process)
     kept = json.loads((tmp_path / "results.json").read_text())["runs"]
     assert 1 <= len(kept) <= 2
@@ -238,11 +237,27 @@ def test_options_reach_the_configuration(tmp_path: Path) -> None:
     assert [config["head"], config["embedding_scale"], config["vocab_rare_share"]] == ["bias", 0.5, 0.5]
 
 
-def test_ctrl_c_saves_a_run_that_goes_on_to_the_same_weights(tmp_path: Path, text: str) -> None:
-    shared = ["train", "--text", text, *SMALL, "--steps", "2000", "--decay", "0.5"]
+def test_ctrl_c_saves_a_run_that_goes_on_to_the_same_weights(
+    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    shared = ["train", "--text", text, *SMALL, "--steps", "60", "--decay", "0.5"]
     broken, whole = str(tmp_path / "broken"), str(tmp_path / "whole")
-    err = interrupt(start([*MINISIGN, *shared, "--out", broken]))
-    assert "go on with minisign train --resume" in err
+    real = Tokens.batch
+
+    def interrupting(tokens: Tokens, seed: int, step: int, *sizes: int) -> Any:
+        if step == 41:
+            signal.raise_signal(signal.SIGINT)
+        return real(tokens, seed, step, *sizes)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Tokens, "batch", interrupting)
+            assert main([*shared, "--out", broken]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "go on with minisign train --resume" in capsys.readouterr().err
+    assert steps_of(Path(broken)) == [42]
     assert main(["train", "--resume", broken]) == 0
     assert main([*shared, "--out", whole]) == 0
     a, b = (load_file(f"{d}/model.safetensors") for d in (broken, whole))

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from processes import HANG, wait_until
 
 from minisign import processes
 from minisign.experiment import Figures, Job, band, figures, in_band, main, read_log, saturated
@@ -98,13 +98,9 @@ def test_only_missing_jobs_are_run_and_the_log_is_in_their_order(bench: Bench, c
 
 
 def test_the_log_is_in_order_whichever_run_ends_first(bench: Bench) -> None:
-    second_is_done = threading.Event()
-
     def measure(job: Job) -> Figures:
         if job.label == "a":
-            assert second_is_done.wait(30)
-        else:
-            threading.Timer(0.2, second_is_done.set).start()
+            wait_until(lambda: bench.log.exists() and labels(bench.log) == ["b"])
         return {}
 
     bench("ab", measure=measure)
@@ -157,7 +153,7 @@ def test_a_script_runs_in_processes_of_one_thread_each(tmp_path: Path) -> None:
     )
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     process = subprocess.Popen([sys.executable, script], env=environment)
-    assert process.wait(300) == 0
+    assert process.wait(HANG) == 0
     (line,) = lines(tmp_path / "logs" / "toy.jsonl")
     assert line["figures"] == {"threads": 1, "process": line["figures"]["process"], "λ": 0.01}
     assert line["figures"]["process"] != process.pid

@@ -31,6 +31,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -153,7 +154,9 @@ def assert_within_an_ulp(found: list[torch.Tensor], expected: list[torch.Tensor]
 )
 def test_the_same_step(case: str, backend: str, dtype: torch.dtype) -> None:
     plain, other = Run(case, "plain", dtype), Run(case, backend, dtype)
-    for t in range(STEPS if backend != "interpreted" or dtype == torch.float32 else 8):
+    # The interpreter is slow: NaN or inf at each of the three micro-batches, and in half precision at one.
+    # Longer, it is compared with the C++, which is compared with the plain step.
+    for t in range(STEPS if backend != "interpreted" else 21 if dtype == torch.float32 else 8):
         plain.step(t)
         other.step(t)
         if exact(case, backend):
@@ -200,11 +203,11 @@ def test_interpreted_is_compiled(case: str) -> None:
 @pytest.mark.parametrize("case", ["lion", "tiger, micro-batches", "adamw"])
 def test_resume_in_another(case: str, first: str, second: str) -> None:
     through = Run(case, first, torch.float32)
-    for t in range(10):
+    for t in range(8):  # in the midst of Tiger's micro-batches
         through.step(t)
     resumed = Run(case, second, torch.float32)
     resumed.become(through)
-    for t in range(10, 20):
+    for t in range(8, 13):  # with a gradient that is not finite, and the ends of two accumulations
         through.step(t)
         resumed.step(t)
     if exact(case, first) and exact(case, second):
@@ -382,8 +385,8 @@ def test_odd_tensors(case: str, fused: str) -> None:
 def test_beyond_two_to_the_31(name: str) -> None:
     """DeepSpeed #7640: offsets of 32 bits, and silently no update past 2³¹ entries."""
     width, row = 1024, 2**21 + 5
-    # Pages that nobody writes to take no memory.
-    p, m = (torch.zeros(row + 1, width, dtype=torch.bfloat16) for _ in range(2))
+    # NumPy's zeros take no memory where nobody writes to them; torch's are written.
+    p, m = (torch.from_numpy(np.zeros((row + 1, width), np.int16)).view(torch.bfloat16) for _ in range(2))
     rows = torch.tensor([3, row])
     rule = Rule(LION, 1.0, 0.0, keep=0.5, weight=0.5, toward=0.5)
     item = Item(p, torch.ones(2, width, dtype=torch.bfloat16), [m], None, which=3, rows=rows)

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
-import sys
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from processes import FORKS, HANG
 from torch import Tensor, nn
 
 from minisign import AdamW, Hybrid, Lion, Tiger
 from minisign.guard import SpikeGuard
 from minisign.instability import Stage, stage_config
+from minisign.tokenizer import Tokens
 from minisign.train import Run, load_tokens, train, validation_loss
 
 WINDOW = 20
@@ -373,42 +376,38 @@ def test_resuming_restores_what_else_was_saved(tmp_path: Path) -> None:
     assert SpikeGuard(other.model, other.optimizer, folder=tmp_path / "new").resume() == 0
 
 
-KILLED = """
-import os, signal, sys, torch
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-from test_guard import Loop
+def killed(folder: Path, moment: str) -> None:
+    """Goes back, and kills its process at a moment of it."""
 
-def die(*args, **more):
-    os.kill(os.getpid(), signal.SIGKILL)
+    def die(*args: Any, **more: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
-loop = Loop(on_loss="back", folder={folder!r}, save_every=10, margin=5).run(43)
-moment, save = {moment!r}, torch.save
-if moment == "noting":
-    Path.replace = die
-elif moment == "removing":
-    Path.unlink = die
-elif moment == "removed":
-    torch.load = die
-elif moment == "half loaded":
-    loop.optimizer.load_state_dict = die
-elif moment == "saving":
-    def half(checkpoint, path):
+    def half(checkpoint: Any, path: Path) -> None:
         save(checkpoint, path)
-        os.truncate(path, os.path.getsize(path) // 2)
+        os.truncate(path, path.stat().st_size // 2)
         die()
-    torch.save = half
-loop.step(loss=9.0)
-"""
+
+    loop = Loop(on_loss="back", folder=folder, save_every=10, margin=5).run(43)
+    save = torch.save
+    owner, name, function = {
+        "noting": (Path, "replace", die),
+        "removing": (Path, "unlink", die),
+        "removed": (torch, "load", die),
+        "half loaded": (loop.optimizer, "load_state_dict", die),
+        "saving": (torch, "save", half),
+    }[moment]
+    with mock.patch.object(owner, name, function):
+        loop.step(loss=9.0)
 
 
 @pytest.mark.parametrize("moment", ["noting", "removing", "removed", "half loaded", "saving"])
 def test_a_run_killed_while_it_goes_back_resumes_from_an_intact_checkpoint(
     moment: str, tmp_path: Path
 ) -> None:
-    script = KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path), moment=moment)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == -9, done.stderr
+    process = FORKS.Process(target=killed, args=(tmp_path, moment))
+    process.start()
+    process.join(HANG)
+    assert process.exitcode == -signal.SIGKILL
     unbroken = Loop()
     weights = {}
     for step in range(41):
@@ -428,19 +427,26 @@ def test_a_run_killed_while_it_goes_back_resumes_from_an_intact_checkpoint(
 # --- on a model -----------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def tokens() -> Tokens:
+    """Those of every seed: it draws weights and batches, not the text."""
+    return load_tokens(stage_config())
+
+
+@pytest.mark.trained
 @pytest.mark.parametrize("seed", range(10))
-def test_it_never_fires_in_an_undisturbed_run(seed: int) -> None:
+def test_it_never_fires_in_an_undisturbed_run(seed: int, tokens: Tokens) -> None:
     config = stage_config(seed)
-    run = Run(config, load_tokens(config))
+    run = Run(config, tokens)
     guard = SpikeGuard(run.model, run.optimizer)
     train(run, may_step=guard.check)
     assert guard.step == config.steps
     assert guard.events == []
 
 
-def test_a_staged_spike_is_brought_back_to_within_a_twentieth(tmp_path: Path) -> None:
+@pytest.mark.trained
+def test_a_staged_spike_is_brought_back_to_within_a_twentieth(tokens: Tokens, tmp_path: Path) -> None:
     config = stage_config()
-    tokens = load_tokens(config)
 
     def final(staged: bool, **options: Any) -> tuple[float, float]:
         run = Run(config, tokens)

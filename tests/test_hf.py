@@ -80,6 +80,7 @@ def hybrid(m: Any) -> Hybrid:
     return Hybrid(AdamW(tables, lr=0.01), Lion(others, lr=0.001))
 
 
+@pytest.mark.trained
 @pytest.mark.parametrize("make", [tiger, lion])
 def test_the_trainer_warns(make: Any, tmp_path: Path) -> None:
     callback = EmbeddingCallback(every=20)
@@ -94,6 +95,7 @@ def test_the_trainer_warns(make: Any, tmp_path: Path) -> None:
     assert [x["step"] for x in lines if x["name"] == "transformer.wte.weight"] == [x.step for x in looks]
 
 
+@pytest.mark.trained
 @pytest.mark.parametrize("make", [hybrid, lambda m: lion(m, embedding={"lazy": "grad"})])
 def test_the_trainer_does_not_warn_of_the_cures(make: Any, tmp_path: Path) -> None:
     callback = EmbeddingCallback(every=20)

@@ -68,6 +68,7 @@ def test_the_runs_are_what_their_labels_say() -> None:
         assert stage_config(**changes).steps == 320, label
 
 
+@pytest.mark.trained
 def test_figures_of_a_run(tokens: Tokens) -> None:
     figures = run_figures(small(), tokens)
     assert not figures["diverged"]
@@ -151,6 +152,7 @@ def test_a_watched_run_is_the_run(tokens: Tokens) -> None:
     assert run.losses == train(Run(small(steps=60), tokens)).losses
 
 
+@pytest.mark.trained
 def test_what_a_guard_notes_in_a_run_in_which_nothing_happens(tokens: Tokens) -> None:
     config = small(steps=130)
     found = guarded_figures(config, tokens)

@@ -643,6 +643,7 @@ def test_importing_is_light() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.trained
 def test_a_model_trains_with_each() -> None:
     """A linear regression: each optimizer brings the loss down tenfold."""
     x = torch.randn(64, 5)

@@ -9,14 +9,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from filelock import FileLock
+from once import Once
 from parallel_worker import poison
+from processes import HANG, wait_until
 from safetensors.torch import load_file
 
 from minisign import EmbeddingWatch, Tiger, track_rows
@@ -87,7 +87,7 @@ def torchrun(
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=500,
+        timeout=HANG,
         **options,
     )
     assert not check or done.returncode == 0, done.stdout[-3000:]
@@ -99,18 +99,10 @@ def run_jobs(processes: int, jobs: list[dict[str, Any]], folder: Path) -> None:
     torchrun(processes, str(HERE / "parallel_worker.py"), str(folder / f"jobs-{processes}.json"))
 
 
-@pytest.fixture(scope="session")
-def two(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """A folder with what two processes made of every case, engine/case and engine/case NaN; made once for
-    all of pytest-xdist's workers."""
-    root = tmp_path_factory.getbasetemp()
-    folder = (root if worker_id == "master" else root.parent) / "two"
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "made").exists():
-            folder.mkdir(exist_ok=True)
-            run_jobs(2, jobs_of_two(folder), folder)
-            (folder / "made").touch()
-    return folder
+@pytest.fixture
+def two(once: Once) -> Path:
+    """A folder with what two processes made: engine/case, engine/case NaN and engine/case half."""
+    return once("two", lambda folder: run_jobs(2, jobs_of_two(folder), folder))
 
 
 def jobs_of_two(folder: Path) -> list[dict[str, Any]]:
@@ -160,6 +152,7 @@ def different(run: Run, folder: Path, tolerance: float = 1e-5) -> float:
     return count / sum(p.numel() for p in own.values())
 
 
+@pytest.mark.trained
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_with_half_the_batch_are_one(name: str, engine: str, two: Path) -> None:
@@ -175,6 +168,7 @@ def test_two_processes_with_half_the_batch_are_one(name: str, engine: str, two: 
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(run.losses), rtol=1e-4, atol=0)
 
 
+@pytest.mark.trained
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", WATCHED)
 @pytest.mark.filterwarnings("ignore::minisign.watch.EmbeddingWarning")
@@ -200,6 +194,7 @@ def test_a_watch_sees_the_whole_matrix(name: str, engine: str, two: Path, tmp_pa
         assert max(look.silent for look in watch.looks["embedding.weight"]) > 5
 
 
+@pytest.mark.trained
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", NANS)
 def test_nan_on_one_process_has_the_same_effect_on_all(name: str, engine: str, two: Path) -> None:
@@ -211,6 +206,7 @@ def test_nan_on_one_process_has_the_same_effect_on_all(name: str, engine: str, t
     assert different(train(alone(name, steps=9)), two / engine / f"{name} NaN") > 0.05  # NaN did something
 
 
+@pytest.mark.trained
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", RESUMED)
 def test_saved_on_two_and_resumed_on_one(name: str, engine: str, two: Path) -> None:
@@ -220,6 +216,7 @@ def test_saved_on_two_and_resumed_on_one(name: str, engine: str, two: Path) -> N
     assert different(train(alone(name)), two / engine / name) < 1e-3
 
 
+@pytest.mark.trained
 def test_resumed_on_three_and_by_the_other_engine(two: Path, tmp_path: Path) -> None:
     jobs = [
         {
@@ -252,9 +249,7 @@ def test_a_killed_process_ends_the_others_and_leaves_the_checkpoint(engine: str,
         text=True,
     )
     try:
-        deadline = time.time() + 120
-        while not (tmp_path / "dying").exists() and time.time() < deadline:
-            time.sleep(0.2)
+        wait_until((tmp_path / "dying").exists, lambda: started.poll() is None)
         children = {}
         for entry in Path("/proc").iterdir():
             if entry.name.isdecimal():
@@ -264,7 +259,7 @@ def test_a_killed_process_ends_the_others_and_leaves_the_checkpoint(engine: str,
                     if parent == started.pid:
                         children.update({x: int(entry.name) for x in environment if x.startswith(b"RANK=")})
         os.kill(children[b"RANK=1"], signal.SIGKILL)
-        output, _ = started.communicate(timeout=90)
+        output, _ = started.communicate(timeout=HANG)
     finally:
         started.kill()
     assert started.returncode != 0

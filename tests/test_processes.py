@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import wait_until
 
 from minisign import processes
 from minisign.processes import default_jobs, side_by_side
@@ -97,15 +98,6 @@ def alive(process: int) -> bool:
     return True
 
 
-def is_gone(process: int) -> bool:
-    """Within a minute; it is not our child, whom we would have to wait for."""
-    for _ in range(600):
-        if not alive(process):
-            return True
-        time.sleep(0.1)
-    return False
-
-
 def test_every_task_has_one_thread_and_its_messages_come_before_its_result(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -167,7 +159,7 @@ def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
         child = int(parent.stdout.readline())
         assert alive(child)
         parent.send_signal(signal.SIGKILL)
-    assert is_gone(child)
+    wait_until(lambda: not alive(child))  # not our child, whom we could wait for
 
 
 # --- how many -------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 import torch
-from fuzzing import FORKS, HARMFUL, READERS, fuzz
+from fuzzing import HARMFUL, READERS, fuzz
+from processes import FORKS, HANG, wait_until
 from safetensors.torch import save_file
 
 from minisign.checkpoint import steps_of
@@ -43,7 +44,9 @@ def _child(arguments: list[str], said: Connection, largest_file: int | None) -> 
 def started(*arguments: Any, largest_file: int | None = None) -> tuple[BaseProcess, Connection]:
     """``minisign`` in a process of its own, and what it will say."""
     reading, writing = FORKS.Pipe(duplex=False)
-    process = FORKS.Process(target=_child, args=([str(x) for x in arguments], writing, largest_file))
+    arguments_of_child = ([str(x) for x in arguments], writing, largest_file)
+    # A test that fails leaves none behind.
+    process = FORKS.Process(target=_child, args=arguments_of_child, daemon=True)
     process.start()
     writing.close()
     return process, reading
@@ -84,9 +87,12 @@ def state(out: Path) -> tuple[dict[str, Any], bytes]:
 
 def wait_for_a_save(process: BaseProcess, out: Path) -> None:
     before = steps_of(out)
-    while steps_of(out) == before:
-        assert process.is_alive()
-        time.sleep(0.002)
+    wait_until(lambda: steps_of(out) != before, process.is_alive)
+
+
+def partial(out: Path) -> list[Path]:
+    """What a save has written that is under way, or that was killed."""
+    return list((out / "checkpoints").glob(".*.partial"))
 
 
 def test_killed_at_random_moments_it_ends_at_the_same_bits(text: Path, tmp_path: Path) -> None:
@@ -101,23 +107,30 @@ def test_killed_at_random_moments_it_ends_at_the_same_bits(text: Path, tmp_path:
     process.join()
     shutil.rmtree(out)
 
+    moments = ["on the way", "saved", "writing"] * (KILLS // 3)
+    rng.shuffle(moments)
     reached, left_behind = [], 0
-    for _ in range(KILLS):
+    while moments or not left_behind:  # some must be killed while they write
+        assert len(reached) < 10 * KILLS
+        moment = moments.pop() if moments else "writing"
+        if partial(out) and moment == "writing":  # which could not be told from what is left behind
+            moment = "saved"
         again = ["train", "--resume", out, "--save-every", 5]
         process, _ = started(*(again if steps_of(out) else begin))
-        if rng.random() < 0.5:  # on the way to its first checkpoint, or some time after it
+        if moment == "on the way":  # to its first checkpoint
             process.join(rng.random() * until_saved)
-        else:
+        elif moment == "saved":
             wait_for_a_save(process, out)
             process.join(0.3 * rng.random() * until_saved)
+        else:
+            wait_until(lambda: bool(partial(out)), process.is_alive)
         assert process.is_alive()
         process.kill()  # SIGKILL
         process.join()
         reached.append(max(steps_of(out), default=0))
-        left_behind += any("partial" in name for name in files(out))
+        left_behind += bool(partial(out))
     assert reached == sorted(reached)  # nothing is lost
     assert len(set(reached)) > KILLS / 4
-    assert left_behind  # some were killed while they wrote
     last = reached[-1] + 7
     assert minisign("train", "--resume", out, "--steps", last)[0] == 0
     assert minisign("train", *sizes(text), "--steps", last, "--out", whole)[0] == 0
@@ -184,4 +197,4 @@ def test_ten_thousand_files_are_mutated() -> None:
 @pytest.mark.parametrize("harm", HARMFUL)
 def test_harm_would_be_noticed(harm: str, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=harm):
-        fuzz(harm, tmp_path, 3)
+        fuzz(harm, tmp_path, 3, seconds=1 if harm == "died with -14" else HANG)

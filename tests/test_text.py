@@ -7,7 +7,6 @@ import gzip
 import hashlib
 import json
 import re
-import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -58,11 +57,8 @@ def test_the_shipped_files_are_what_is_generated(text: str) -> None:
     assert [is_rare_language(d) for d in documents].count(True) == 3
 
 
-def test_fast_enough() -> None:
-    start = time.perf_counter()
-    words = len(generate().split())
-    assert words >= 800_000
-    assert time.perf_counter() - start < 10
+def test_the_text_has_the_words_that_were_asked_for(text: str) -> None:
+    assert 800_000 <= len(text.split()) <= 810_000
 
 
 def test_rare_language(text: str) -> None:

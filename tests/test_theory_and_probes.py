@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-import time
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from minisign.probes import (
     saturated_rows,
     saturation,
     size_by_kappa,
+    speed,
     state_bytes,
     take_turns,
     token_losses,
@@ -374,19 +376,26 @@ def test_state_bytes_are_those_of_the_buffers() -> None:
     assert found == {"tiger": 130, "adamw": 260, "hybrid": 250}
 
 
-def test_actions_take_turns() -> None:
+def test_actions_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
+    now = [0.0]
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def action(name: str, seconds: float) -> Callable[[], None]:
+        def act() -> None:
+            order.append(name)
+            now[0] += seconds
+
+        return act
+
     state = random.getstate()
-    actions = {
-        "slow": lambda: (order.append("slow"), time.sleep(0.02)),
-        "fast": lambda: order.append("fast"),
-    }
-    seconds = take_turns(actions, 12)
+    found = take_turns({"slow": action("slow", 2.0), "fast": action("fast", 0.5)}, 12)
     turns = [tuple(order[i : i + 2]) for i in range(0, 24, 2)]
     assert set(turns) == {("slow", "fast"), ("fast", "slow")}  # each once a turn, not always the same first
-    assert seconds["slow"].shape == seconds["fast"].shape == (12,)
-    assert seconds["slow"].min() >= 0.02
-    assert np.median(seconds["fast"]) < 0.02
+    assert {name: seconds.tolist() for name, seconds in found.items()} == {
+        "slow": [2.0] * 12,
+        "fast": [0.5] * 12,
+    }
     assert random.getstate() == state
 
 

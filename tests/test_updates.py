@@ -19,12 +19,8 @@ from minisign.probes import (
     coming_update,
     coming_updates,
     descent_cosine,
-    ratios,
-    take_turns,
     update_figures,
 )
-from minisign.search import search_base, search_config
-from minisign.train import Run, load_tokens, next_token_loss
 
 LR = 0.01
 Build = Callable[[Any], torch.optim.Optimizer]
@@ -272,28 +268,6 @@ def test_a_watch_names_what_it_does_not_know() -> None:
     for option in ("every", "entries", "keep"):
         with pytest.raises(ValueError, match=f"{option} must be 1 or more, got 0"):
             UpdateWatch(model, watch.optimizer, **{option: 0})
-
-
-@pytest.fixture(scope="module")
-def lesson_run() -> Run:
-    config = search_config(search_base(), "AdamW", 0.004)
-    return Run(config, load_tokens(config))
-
-
-def test_looking_at_every_twentieth_step_costs_at_most_a_twentieth(lesson_run: Run) -> None:
-    model, optimizer = lesson_run.model, lesson_run.optimizer
-    ids = torch.from_numpy(lesson_run.tokens.batch(0, 0, 16, 16))
-    watch = UpdateWatch(model, optimizer, every=1)
-    watch.remove()
-
-    def step() -> None:
-        optimizer.zero_grad()
-        next_token_loss(model, ids).backward()
-        optimizer.step()
-
-    step()
-    cost = ratios(take_turns({"step": step, "look": watch._look}, 30), to="step", skip=3)["look"]
-    assert cost / 20 <= 0.05
 
 
 # --- descent --------------------------------------------------------------------------------------
