@@ -87,7 +87,7 @@ def side_by_side(
             done, _ = wait(waiting, timeout=0.1, return_when=FIRST_COMPLETED)
             while not messages.empty():
                 hear(*messages.get())
-            for future in done:
+            for future in [future for future in waiting if future in done]:  # in the order of the tasks
                 yield waiting.pop(future), future.result()
     except BrokenProcessPool:
         raise ChildProcessError(
