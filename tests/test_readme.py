@@ -233,6 +233,7 @@ def test_the_article_at_the_size_of_gpt2() -> None:
     assert f"a rate of {found['config']['lr']:.4f} stands at ±{tiger['embedding_max']:.2f}" in text
     assert f"{tiger['parameters'] / 1e6:.0f}M parameters, {found['config']['vocab_size']:,} tokens" in text
     assert f"after {tiger['steps']:,} steps, with {100 * tiger['rare_saturated']:.0f} % of the" in text
+    assert found["rare"].partition("less than ")[2].partition(" in ")[0] + " beyond 80" in text
     assert lazy["rare_saturated"] == lazy["other_saturated"] == 0
     assert f"the largest entry is {max(lazy['embedding_max'], -lazy['embedding_min']):.1f} and none" in text
     assert f"is {tiger['val_loss']:.2f} without and {lazy['val_loss']:.2f} with them" in text
