@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 PARALLEL, GUARD, FUSED = "tests/test_parallel.py::", "tests/test_guard.py::", "tests/test_fused.py::"
-INSPECT = "tests/test_inspect.py::"
+INSPECT, CLI = "tests/test_inspect.py::", "tests/test_cli.py::"
 # What begins so takes long; the longest first. Workers begin with it, in this order, so that none is left
 # with a long one when the others are done; `make quick` leaves it out.
 SLOW = (
@@ -28,7 +28,23 @@ SLOW = (
     f"{INSPECT}test_none_missed_in_200_saturated_matrices",
     f"{INSPECT}test_no_false_alarm_in_200_healthy_matrices",
     f"{GUARD}test_it_never_fires_in_an_undisturbed_run",
+    f"{CLI}test_reproduce_writes_what_it_promises",
+    f"{CLI}test_ctrl_c",
+    f"{CLI}test_reproduce_takes_tiny_packed_and_several_texts",
+    f"{CLI}test_a_loss_that_is_not_finite[2]",
+    "tests/test_reproduce.py::",
+    "tests/test_processes.py::",
+    "tests/test_workers.py::test_a_worker_takes_the_longest_first",
+    "tests/test_experiment.py::test_a_script_runs_in_processes_of_one_thread_each",
+    f"{INSPECT}test_a_run_of_this_package_says_its_weight_decay",
+    f"{GUARD}test_a_run_killed_while_it_goes_back_resumes_from_an_intact_checkpoint",
+    "tests/test_hf.py::test_the_trainer",
+    "tests/test_hf.py::test_a_trainer_that_resumes",
     f"{FUSED}test_the_same_step",
+    f"{FUSED}test_the_same_noise_everywhere",
+    f"{FUSED}test_state_dtype",
+    f"{FUSED}test_no_gradient_is_kept",
+    f"{FUSED}test_ptx",
     f"{FUSED}test_resume_in_another",
     f"{FUSED}test_interpreted_is_compiled",
     "tests/test_heterogeneity.py::test_every_curvature_of_the_notebooks_gpt_converges",
