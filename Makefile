@@ -60,7 +60,7 @@ experiments: $(READY) ## make the runs that experiments/logs/ has not got (all o
 mutants: $(READY) ## plant bugs, one at a time, and see a test turn red; writes docs/mutants.md
 	$(BIN)/python tests/mutants.py
 
-robust: $(READY) ## every notebook under other threads, processors and seeds; writes docs/robustness.md
+robust: $(READY) ## every claim under other rounding, and by how much it holds (hours; goes on where it was)
 	$(BIN)/python tests/robust.py
 
 bench: $(BENCH_READY) ## speed against other implementations, cost of the probes
