@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -65,7 +66,8 @@ Line = dict[str, Any]
 
 def files() -> list[Path]:
     """What makes claims: notebooks, solutions, and tests with the marker `trained`."""
-    tests = [p for p in sorted((ROOT / "tests").glob("test_*.py")) if "mark.trained" in p.read_text()]
+    marked = re.compile(r"^(pytestmark = |@)pytest\.mark\.trained", re.MULTILINE)
+    tests = [p for p in sorted((ROOT / "tests").glob("test_*.py")) if marked.search(p.read_text())]
     return [*sorted((ROOT / "notebooks").glob("**/[0-9]*.ipynb")), *tests]
 
 

@@ -428,6 +428,7 @@ def test_a_run_killed_while_it_goes_back_resumes_from_an_intact_checkpoint(
 # --- on a model -----------------------------------------------------------------------------------
 
 
+@pytest.mark.trained
 @pytest.mark.parametrize("seed", range(10))
 def test_it_never_fires_in_an_undisturbed_run(seed: int) -> None:
     config = stage_config(seed)
@@ -438,6 +439,7 @@ def test_it_never_fires_in_an_undisturbed_run(seed: int) -> None:
     assert guard.events == []
 
 
+@pytest.mark.trained
 def test_a_staged_spike_is_brought_back_to_within_a_twentieth(tmp_path: Path) -> None:
     config = stage_config()
     tokens = load_tokens(config)

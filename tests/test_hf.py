@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from minisign import AdamW, Hybrid, Lion, Tiger, param_groups
 from minisign.hf import EmbeddingCallback
+from minisign.jitter import jittered
 from minisign.watch import LOG, EmbeddingWarning
 
 V, T = 300, 8
@@ -44,7 +45,7 @@ def model() -> Any:
     torch.manual_seed(0)
     sizes = dict(vocab_size=V, n_positions=T, n_embd=16, n_layer=1, n_head=2)
     no_tokens = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
-    return GPT2LMHeadModel(GPT2Config(**sizes, **no_tokens, tie_word_embeddings=False))
+    return jittered(GPT2LMHeadModel(GPT2Config(**sizes, **no_tokens, tie_word_embeddings=False)))
 
 
 def trainer(
@@ -80,6 +81,7 @@ def hybrid(m: Any) -> Hybrid:
     return Hybrid(AdamW(tables, lr=0.01), Lion(others, lr=0.001))
 
 
+@pytest.mark.trained
 @pytest.mark.parametrize("make", [tiger, lion])
 def test_the_trainer_warns(make: Any, tmp_path: Path) -> None:
     callback = EmbeddingCallback(every=20)
@@ -94,6 +96,7 @@ def test_the_trainer_warns(make: Any, tmp_path: Path) -> None:
     assert [x["step"] for x in lines if x["name"] == "transformer.wte.weight"] == [x.step for x in looks]
 
 
+@pytest.mark.trained
 @pytest.mark.parametrize("make", [hybrid, lambda m: lion(m, embedding={"lazy": "grad"})])
 def test_the_trainer_does_not_warn_of_the_cures(make: Any, tmp_path: Path) -> None:
     callback = EmbeddingCallback(every=20)

@@ -131,6 +131,7 @@ def test_a_remedy_is_called_by_its_name(tokens: Tokens) -> None:
         remedy_run("prayer", tokens)
 
 
+@pytest.mark.trained
 def test_figures_of_a_remedy(monkeypatch: pytest.MonkeyPatch, tokens: Tokens) -> None:
     monkeypatch.setattr(
         "minisign.instability.stage_config", lambda seed, **changes: small(steps=200, seed=seed)
@@ -151,6 +152,7 @@ def test_a_watched_run_is_the_run(tokens: Tokens) -> None:
     assert run.losses == train(Run(small(steps=60), tokens)).losses
 
 
+@pytest.mark.trained
 def test_what_a_guard_notes_in_a_run_in_which_nothing_happens(tokens: Tokens) -> None:
     config = small(steps=130)
     found = guarded_figures(config, tokens)

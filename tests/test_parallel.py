@@ -160,6 +160,7 @@ def different(run: Run, folder: Path, tolerance: float = 1e-5) -> float:
     return count / sum(p.numel() for p in own.values())
 
 
+@pytest.mark.trained
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_with_half_the_batch_are_one(name: str, engine: str, two: Path) -> None:
@@ -175,6 +176,7 @@ def test_two_processes_with_half_the_batch_are_one(name: str, engine: str, two: 
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(run.losses), rtol=1e-4, atol=0)
 
 
+@pytest.mark.trained
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", WATCHED)
 @pytest.mark.filterwarnings("ignore::minisign.watch.EmbeddingWarning")
@@ -200,6 +202,7 @@ def test_a_watch_sees_the_whole_matrix(name: str, engine: str, two: Path, tmp_pa
         assert max(look.silent for look in watch.looks["embedding.weight"]) > 5
 
 
+@pytest.mark.trained
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", NANS)
 def test_nan_on_one_process_has_the_same_effect_on_all(name: str, engine: str, two: Path) -> None:
@@ -211,6 +214,7 @@ def test_nan_on_one_process_has_the_same_effect_on_all(name: str, engine: str, t
     assert different(train(alone(name, steps=9)), two / engine / f"{name} NaN") > 0.05  # NaN did something
 
 
+@pytest.mark.trained
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", RESUMED)
 def test_saved_on_two_and_resumed_on_one(name: str, engine: str, two: Path) -> None:
@@ -220,6 +224,7 @@ def test_saved_on_two_and_resumed_on_one(name: str, engine: str, two: Path) -> N
     assert different(train(alone(name)), two / engine / name) < 1e-3
 
 
+@pytest.mark.trained
 def test_resumed_on_three_and_by_the_other_engine(two: Path, tmp_path: Path) -> None:
     jobs = [
         {

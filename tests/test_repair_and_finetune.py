@@ -123,6 +123,7 @@ def test_the_second_language_is_that_of_the_text_alone(trained: Run) -> None:
     assert len(in_text - words) < 0.1 * len(in_text)
 
 
+@pytest.mark.trained
 def test_fine_tuning_learns_the_second_language_and_forgets_the_first(trained: Run) -> None:
     second, before = second_language(SMALL, trained.tokens), weights(trained)
     rested = Run(SMALL, second)

@@ -132,6 +132,7 @@ def test_what_is_saved(tmp_path: Path) -> None:
     assert "head.weight" not in load_file(tmp_path / "model.safetensors") or tie == "none"
 
 
+@pytest.mark.trained
 def test_training_learns_and_measures() -> None:
     config = small(steps=320, decay=0.5)
     run = Run(config, load_tokens(config))
@@ -145,6 +146,7 @@ def test_training_learns_and_measures() -> None:
     assert run.train_loss == pytest.approx(np.mean(run.losses[-100:]))
 
 
+@pytest.mark.trained
 def test_a_training_step_for_timing_is_that_of_a_run() -> None:
     config = small(warmup=0)
     tokens = load_tokens(config)
