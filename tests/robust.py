@@ -291,12 +291,14 @@ def joined(names: Iterable[str]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
-    parser.add_argument("--only", metavar="NAME", default="", help="files with this in their name")
+    parser.add_argument(
+        "--only", metavar="NAME", nargs="+", default=[""], help="files with this in their name"
+    )
     parser.add_argument("--setting", choices=SETTINGS, help="one of the settings")
     arguments = parser.parse_args()
-    chosen = [path for path in files() if arguments.only in path.name]
+    chosen = [path for path in files() if any(name in path.name for name in arguments.only)]
     if not chosen:
-        parser.error(f"no file has {arguments.only!r} in its name")
+        parser.error(f"no file has {' or '.join(map(repr, arguments.only))} in its name")
     log = Log(LOG)
     todo = [
         (path, setting)
@@ -306,6 +308,7 @@ def main() -> int:
         and arguments.setting in (None, setting)
         and (str(path.relative_to(ROOT)), setting) not in log.lines
     ]
+    todo.sort(key=lambda task: "solutions" in task[0].parts)  # which train nothing: last
     print(f"{len(todo)} runs to make")
 
     def make(task: tuple[Path, str]) -> None:
@@ -313,7 +316,7 @@ def main() -> int:
         log.add(line)
         wrong = [name for name, found in line["claims"].items() if not all(x[0] for x in found)]
         print(
-            f"{task[0].stem}, {task[1]}: {line['seconds']:.0f} s",
+            f"{short(line['file'])}, {task[1]}: {line['seconds']:.0f} s",
             wrong,
             line["errors"],
             line["differ"],
