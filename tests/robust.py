@@ -132,7 +132,9 @@ class Log:
         now = {str(p.relative_to(ROOT)): digest(p) for p in files()}
         lines = map(json.loads, path.read_text().splitlines()) if path.exists() else iter(())
         self.lines = {
-            (line["file"], line["setting"]): line for line in lines if now.get(line["file"]) == line["code"]
+            (line["file"], line["setting"]): line
+            for line in lines
+            if now.get(line["file"]) == line["code"] and line["setting"] in SETTINGS
         }
 
     def add(self, line: Line) -> None:
@@ -140,10 +142,13 @@ class Log:
             self.lines[line["file"], line["setting"]] = line
             write_whole(self.path, self._write)
 
-    def _write(self, path: Path) -> None:
+    def ordered(self) -> list[Line]:
+        """The lines, by file and setting, in whatever order they were made."""
         order = list(SETTINGS)
-        lines = sorted(self.lines.items(), key=lambda item: (item[0][0], order.index(item[0][1])))
-        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for _, line in lines))
+        return sorted(self.lines.values(), key=lambda line: (line["file"], order.index(line["setting"])))
+
+    def _write(self, path: Path) -> None:
+        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.ordered()))
 
 
 # --- the page -------------------------------------------------------------------------------------
@@ -327,7 +332,7 @@ def main() -> int:
         for done in [pool.submit(make, task) for task in todo]:
             if error := done.exception():
                 print(error, file=sys.stderr, flush=True)
-    text, wrong = page(list(log.lines.values()), sum(len(settings_of(path)) for path in files()))
+    text, wrong = page(log.ordered(), sum(len(settings_of(path)) for path in files()))
     write_whole(PAGE, lambda path: path.write_text(text))
     print(*wrong, sep="\n")
     return int(bool(wrong))

@@ -16,9 +16,9 @@ import pytest
 import torch
 from claims import NAME, Recorder, Rewriter, rewritten
 from nbformat import write
-from nbformat.v4 import new_code_cell, new_notebook, new_output
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from outside import ROOT
-from robust import Claim, claims_of, page
+from robust import SETTINGS, Claim, Log, claims_of, digest, files, page, settings_of
 
 from minisign.experiment import in_band
 
@@ -289,3 +289,55 @@ def test_the_worst_stand_on_top_and_a_loop_at_its_worst() -> None:
     rows = [row for row in page(every, expected=4)[0].splitlines() if row.startswith("| ")][1:]
     assert [row.split(" | ")[0] for row in rows] == ["| 5.0", "| 10.0"]
     assert isinstance(next(claims_of("a", every)), Claim)
+
+
+# --- the runs -------------------------------------------------------------------------------------
+
+
+def test_everything_is_run_under_enough_settings() -> None:
+    every, notebooks = files(), {path for path in files() if path.suffix == ".ipynb"}
+    assert notebooks == {
+        *(ROOT / "notebooks").glob("*.ipynb"),
+        *(ROOT / "notebooks/solutions").glob("*.ipynb"),
+    }
+    tests = {path.name for path in every} - {path.name for path in notebooks}
+    assert {"test_guard.py", "test_train.py"} <= tests
+    assert Path(__file__).name not in tests  # where the marker is in a text
+    environments = [{**environment} for environment in SETTINGS.values()]
+    assert len({str(sorted(x.items())) for x in environments}) == len(SETTINGS)
+    assert {x["MINISIGN_JITTER"] for x in environments if "MINISIGN_JITTER" in x} == {
+        str(n) for n in range(1, 13)
+    }
+    assert all(len(x) <= 1 for x in environments)  # one thing at a time
+    notebook, test = (len(settings_of(ROOT / name)) for name in ("a.ipynb", "test_a.py"))
+    assert notebook - 2 == test >= 16
+
+
+def test_a_log_keeps_what_is_of_the_same_code_and_is_the_same_in_any_order(tmp_path: Path) -> None:
+    path = ROOT / "notebooks" / "00_start_here.ipynb"
+    line = {"file": "notebooks/00_start_here.ipynb", "code": digest(path)}
+    one, other = {**line, "setting": "avx2"}, {**line, "setting": "base"}
+    texts = []
+    for i, order in enumerate([(one, other), (other, one)]):
+        log = Log(tmp_path / f"{i}.jsonl")
+        for each in order:
+            log.add(each)
+        texts.append(log.path.read_text())
+        stale = {**line, "setting": "jitter 1", "code": "0" * 12}
+        unknown = {**line, "setting": "full moon"}
+        with log.path.open("a") as file:
+            file.writelines(json.dumps(x) + "\n" for x in (stale, unknown))
+        assert Log(log.path).ordered() == [other, one]
+    assert texts[0] == texts[1]
+
+
+def test_a_notebooks_code_counts_and_nothing_else(tmp_path: Path) -> None:
+    def made(source: str, output: str, text: str) -> str:
+        path = tmp_path / "a.ipynb"
+        write(
+            new_notebook(cells=[new_markdown_cell(text), new_code_cell(source, outputs=[stream(output)])]),
+            path,
+        )
+        return digest(path)
+
+    assert made("x", "1", "a") == made("x", "2", "b") != made("y", "1", "a")
