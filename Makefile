@@ -62,7 +62,7 @@ experiments: $(READY) ## make the runs that experiments/logs/ has not got (all o
 mutants: $(READY) ## plant bugs, one at a time, and see a test turn red; writes docs/mutants.md
 	$(BIN)/python tests/mutants.py
 
-robust: $(READY) ## every notebook under other threads, processors and seeds; writes docs/robustness.md
+robust: $(READY) ## every claim under other rounding, and by how much it holds (hours; goes on where it was)
 	$(BIN)/python tests/robust.py
 
 versions: $(READY) ## tests under the oldest and newest torch, other Pythons; an hour, writes docs/versions.md

@@ -24,6 +24,7 @@ from minisign.checkpoint import Checkpoint
 from minisign.corpus import DEFAULT as DEFAULT_CORPUS, CorpusConfig, generate
 from minisign.files import MISFITS, one_line, write_json, write_whole
 from minisign.gpt import GPT, GPTConfig
+from minisign.jitter import jittered
 from minisign.loss import cross_entropy
 from minisign.optim import AdamW, Hybrid, Lion, Signum, Tiger, param_groups, track_rows
 from minisign.optim.base import check_number
@@ -215,7 +216,7 @@ def build_model(config: Config, vocab_size: int) -> GPT:
     """The model with the initial weights of ``config.seed``; leaves torch's global generator alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return GPT(config.gpt(vocab_size))
+        return jittered(GPT(config.gpt(vocab_size)))
 
 
 def build_optimizer(config: Config, model: GPT, process_group: Any = None) -> torch.optim.Optimizer:

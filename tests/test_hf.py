@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from minisign import AdamW, Hybrid, Lion, Tiger, param_groups
 from minisign.hf import EmbeddingCallback
+from minisign.jitter import jittered
 from minisign.watch import LOG, EmbeddingWarning
 
 V, T = 300, 8
@@ -44,7 +45,7 @@ def model() -> Any:
     torch.manual_seed(0)
     sizes = dict(vocab_size=V, n_positions=T, n_embd=16, n_layer=1, n_head=2)
     no_tokens = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
-    return GPT2LMHeadModel(GPT2Config(**sizes, **no_tokens, tie_word_embeddings=False))
+    return jittered(GPT2LMHeadModel(GPT2Config(**sizes, **no_tokens, tie_word_embeddings=False)))
 
 
 def trainer(

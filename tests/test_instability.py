@@ -132,6 +132,7 @@ def test_a_remedy_is_called_by_its_name(tokens: Tokens) -> None:
         remedy_run("prayer", tokens)
 
 
+@pytest.mark.trained
 def test_figures_of_a_remedy(monkeypatch: pytest.MonkeyPatch, tokens: Tokens) -> None:
     monkeypatch.setattr(
         "minisign.instability.stage_config", lambda seed, **changes: small(steps=200, seed=seed)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from minisign import Tiger, param_groups
+from minisign.jitter import jittered
 from minisign.probes.memory import PeakMemory
 
 K = 8
@@ -19,12 +20,14 @@ K = 8
 
 def model(seed: int = 0, width: int = 16) -> nn.Module:
     torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Linear(width, width),
-        nn.LayerNorm(width),
-        nn.Tanh(),
-        nn.Linear(width, 3 * width),
-        nn.Linear(3 * width, 4),
+    return jittered(
+        nn.Sequential(
+            nn.Linear(width, width),
+            nn.LayerNorm(width),
+            nn.Tanh(),
+            nn.Linear(width, 3 * width),
+            nn.Linear(3 * width, 4),
+        )
     )
 
 
@@ -72,6 +75,7 @@ def test_bit_for_bit_what_accumulation_does(fused: Any, scale: Any, maximize: bo
         assert torch.equal(plain[1].state[p]["momentum"], released[1].state[q]["momentum"])
 
 
+@pytest.mark.trained
 def test_one_step_on_the_mean_gradient() -> None:
     """k micro-batches and one step on the mean of their gradients: the same weights to 1e-6, 20 times."""
     mean = model()
@@ -84,6 +88,7 @@ def test_one_step_on_the_mean_gradient() -> None:
     assert difference(mean, model()) > 1e-2
 
 
+@pytest.mark.trained
 def test_two_backwards_before_a_step() -> None:
     """Their gradients add up, as in p.grad."""
     nets = []

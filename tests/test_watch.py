@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from minisign import AdamW, EmbeddingWatch, Hybrid, Lion, Signum, Tiger, param_groups
+from minisign.jitter import jittered
 from minisign.watch import LOG, EmbeddingWarning
 
 V, D = 400, 16
@@ -196,7 +197,7 @@ def warnings_of(
     optimizer: Callable[[Bag], torch.optim.Optimizer], tied: bool = False, steps: int = 500, **options: Any
 ) -> tuple[list[str], EmbeddingWatch]:
     torch.manual_seed(0)
-    model = Bag(tied)
+    model = jittered(Bag(tied))
     made = optimizer(model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -215,6 +216,7 @@ SIGNS: dict[str, Any] = {
 }
 
 
+@pytest.mark.trained
 @pytest.mark.parametrize("name", SIGNS)
 def test_warns_once_of_rows_that_no_longer_come(name: str) -> None:
     messages, watch = warnings_of(SIGNS[name]())
@@ -233,6 +235,7 @@ def test_warns_once_of_rows_that_no_longer_come(name: str) -> None:
     assert last.largest == pytest.approx(last.bound, rel=0.02) or last.push < 0.9 * last.bound
 
 
+@pytest.mark.trained
 @pytest.mark.parametrize("name", SIGNS)
 def test_the_cures_are_quiet(name: str) -> None:
     messages, watch = warnings_of(SIGNS[name](embedding={"lazy": "grad"}))
@@ -254,6 +257,7 @@ def test_adam_has_no_envelope_and_no_warning() -> None:
         assert math.isnan(look.push)
 
 
+@pytest.mark.trained
 def test_says_what_helps_where_lazy_rows_do_not() -> None:
     (message,), watch = warnings_of(SIGNS["lion"](), tied=True)
     assert list(watch.looks) == ["tokens.weight"]
@@ -277,11 +281,13 @@ def test_says_what_helps_where_lazy_rows_do_not() -> None:
     )
 
 
+@pytest.mark.trained
 def test_without_decay_there_is_no_end() -> None:
     (message,), _ = warnings_of(lambda m: Lion(m.parameters(), lr=0.01, weight_decay=0.0))
     assert "without end at λ = 0" in message
 
 
+@pytest.mark.trained
 def test_released_gradients_are_warned_of_late() -> None:
     options = dict(lr=0.01, weight_decay=0.25, scale=1.0, release_grads=True)
     messages, watch = warnings_of(lambda m: Tiger(m.parameters(), **options))

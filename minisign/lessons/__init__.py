@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,26 +10,27 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from minisign.jitter import JITTER, natural_number
+
 SEED = "MINISIGN_SEED"
 
 
 def start() -> int:
     """The first cell of every notebook: prints versions, device and threads, returns the seed.
 
-    The seed is 0, or that of the environment variable ``MINISIGN_SEED``, to see what depends on it.
+    The seed is 0, or that of the environment variable ``MINISIGN_SEED``, to see what depends on it. What
+    depends on rounding alone is seen with ``MINISIGN_JITTER`` (:mod:`minisign.jitter`).
 
     Raises:
-        ValueError: a seed that is no natural number.
+        ValueError: a seed or a jitter that is no natural number.
     """
-    given = os.environ.get(SEED, "0")
-    if not given.isdecimal():
-        raise ValueError(f"{SEED} must be a natural number, got {given!r}")
+    seed, jitter = natural_number(SEED), natural_number(JITTER)
     threads = torch.get_num_threads()
     print(
         f"Python {platform.python_version()}, torch {torch.__version__}, CPU, "
-        f"{threads} thread{'s' * (threads > 1)}, seed {given}"
+        f"{threads} thread{'s' * (threads > 1)}, seed {seed}" + f", jitter {jitter}" * (jitter > 0)
     )
-    return int(given)
+    return seed
 
 
 @dataclass(frozen=True)
