@@ -87,7 +87,6 @@ _LIST, _LIST_BY_GRADIENT = tl.constexpr(rule.LIST), tl.constexpr(rule.LIST_BY_GR
 _COLUMNS = tl.constexpr(rule.COLUMNS)
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _FMA_ON_CPU = tl.constexpr(rule.FMA_ON_CPU)
-_BFLOAT16 = tl.constexpr(tl.bfloat16)
 
 
 # --- arithmetic -----------------------------------------------------------------------------------
@@ -126,7 +125,7 @@ def _mix(x):
 @triton.jit
 def _narrow(x, i, key, DTYPE: tl.constexpr, ROUNDED: tl.constexpr):
     """float32 as DTYPE: to the nearest, or at random (minisign/optim/rounding.py says how)."""
-    if (ROUNDED or _INTERPRETED) and DTYPE == _BFLOAT16:
+    if (ROUNDED or _INTERPRETED) and DTYPE == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         if ROUNDED:
             low, high = i.to(tl.uint32), (i >> 32).to(tl.uint32)
