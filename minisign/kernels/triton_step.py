@@ -125,7 +125,7 @@ def _mix(x):
 @triton.jit
 def _narrow(x, i, key, DTYPE: tl.constexpr, ROUNDED: tl.constexpr):
     """float32 as DTYPE: to the nearest, or at random (minisign/optim/rounding.py says how)."""
-    if (ROUNDED or _INTERPRETED) and DTYPE == tl.bfloat16:
+    if (ROUNDED or _INTERPRETED) and DTYPE == tl.bfloat16:  # noqa: SIM300, DTYPE varies
         bits = x.to(tl.uint32, bitcast=True)
         if ROUNDED:
             low, high = i.to(tl.uint32), (i >> 32).to(tl.uint32)
