@@ -48,4 +48,6 @@ def test_cures_leave_nothing_near_the_bound(cure: str, once: Once) -> None:
 
 
 def test_the_loss_does_not_tell(once: Once) -> None:
-    assert abs(result("tiger", once)["val_loss"] - result("lazy", once)["val_loss"]) <= 0.2
+    """The run that blew up has the better one. (By 0.12 with a spread of 0.035 over rounding, so that how
+    much better is not claimed.)"""
+    assert result("tiger", once)["val_loss"] < result("lazy", once)["val_loss"]
