@@ -50,7 +50,7 @@ SLOW = (
     "tests/test_heterogeneity.py::test_every_curvature_of_the_notebooks_gpt_converges",
     "tests/test_release.py::test_bit_for_bit_what_accumulation_does",
 )
-GIBIBYTES = 2  # of memory for a worker, with the kernel of its notebook
+MEMORY = 2**31  # bytes of a worker, with the kernel of its notebook
 
 
 def _place(item: pytest.Item) -> int:
@@ -70,9 +70,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """As many as there are cores that this process may use, and memory."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30
-    return max(1, min(cores, memory // GIBIBYTES))
+    from minisign.processes import default_jobs  # loads torch, which only the one that asks needs yet
+
+    return default_jobs(MEMORY)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -179,6 +179,10 @@ def speed(task: Task) -> None:
 # --- blocks ---------------------------------------------------------------------------------------
 
 
+# Entries and warps of a program.
+BLOCKS = ((1024, 4), (2048, 4), (2048, 8), (4096, 4), (4096, 8), (4096, 16), (8192, 8), (8192, 16))
+
+
 def blocks(task: Task) -> None:
     """How many entries a program of the kernels should have, and how many warps: a step at 350M weights for
     each, as a share of the copy bandwidth of the same run."""
@@ -187,38 +191,20 @@ def blocks(task: Task) -> None:
         return
     from minisign.kernels import gpu
 
-    ps, clock = (
-        optimizer_step.parameters(optimizer_step.SIZES["350m"], torch.float32, "cuda"),
-        Clock("cuda"),
-    )
+    ps = optimizer_step.parameters(optimizer_step.SIZES["350m"], torch.float32, "cuda")
+    clock = Clock("cuda")
     entries = sum(p.numel() for p in ps)
     copy = optimizer_step.copy_bandwidth(entries, "cuda", clock)
     found: dict[str, Any] = {"copy_bandwidth": copy, "chosen": [gpu.BLOCK, gpu.WARPS], "results": []}
     for name in ("Lion (fused)", "AdamW (fused)", "Tiger, base (fused, no guard)"):
         contestant = optimizer_step.CONTESTANTS[name]
-        for size, warps in (
-            (1024, 4),
-            (2048, 4),
-            (2048, 8),
-            (4096, 4),
-            (4096, 8),
-            (4096, 16),
-            (8192, 8),
-            (8192, 16),
-        ):
+        for size, warps in BLOCKS:
             gpu.BLOCK, gpu.WARPS = size, warps
             optimizer = contestant.make(ps)
             median = statistics.median([clock(optimizer.step)[0] for _ in range(15)][3:])
             share = contestant.bytes * entries / median / copy
-            found["results"].append(
-                {
-                    "name": name,
-                    "block": size,
-                    "warps": warps,
-                    "milliseconds": 1e3 * median,
-                    "share_of_copy_bandwidth": share,
-                }
-            )
+            line = {"name": name, "block": size, "warps": warps, "milliseconds": 1e3 * median}
+            found["results"].append({**line, "share_of_copy_bandwidth": share})
             print(found["results"][-1], flush=True)
             del optimizer
         task.report(found)
@@ -420,16 +406,8 @@ def run_part(name: str, seconds: float, dry: bool, folder: Path) -> None:
 
 def start_part(name: str, seconds: float, limit: float, arguments: list[str]) -> str:
     """One part, in a process of its own; what became of it, in a few words."""
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.gpu",
-        "--part",
-        name,
-        "--seconds",
-        str(seconds),
-        *arguments,
-    ]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--part", name, "--seconds", f"{seconds:.1f}"]
+    command += arguments
     child = subprocess.Popen(
         command, cwd=ROOT, env={**os.environ, "PYTHONPATH": search_path()}, start_new_session=True
     )

@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 
 import minisign
+from minisign.experiment import about
 from minisign.probes import PeakMemory, state_bytes
 
 RESULTS = Path(__file__).parent / "results"
@@ -292,8 +293,8 @@ def copy_bandwidth(entries: int, device: str, clock: Clock) -> float:
 def nominal_bandwidth() -> float | None:
     """Bytes per second between a card and its memory, by its clock and the width of its bus; None where
     this version of torch does not tell."""
-    about = torch.cuda.get_device_properties(0)
-    clock, width = (getattr(about, name, None) for name in ("memory_clock_rate", "memory_bus_width"))
+    card = torch.cuda.get_device_properties(0)
+    clock, width = (getattr(card, name, None) for name in ("memory_clock_rate", "memory_bus_width"))
     return 2e3 * clock * width / 8 if clock and width else None  # kHz, both edges; bits
 
 
@@ -441,7 +442,8 @@ def measure_lazy(rounds: int, device: str) -> list[dict[str, Any]]:
 
 
 def show(lines: list[dict[str, Any]]) -> None:
-    columns = [c for c in lines[0] if c not in ("size", "name", "bar")]
+    unsaid = {c for c in lines[0] if all(line[c] is None for line in lines)}
+    columns = [c for c in lines[0] if c not in {"size", "name", "bar", *unsaid}]
     titles = {
         "milliseconds": "ms",
         "milliseconds_p10": "P10",
@@ -505,11 +507,7 @@ def slug(name: str) -> str:
 def machine(device: str, threads: int) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
-    try:
-        info = Path("/proc/cpuinfo").read_text()
-        model = next(x.split(":")[1].strip() for x in info.splitlines() if x.startswith("model name"))
-    except (OSError, StopIteration):
-        model = platform.processor() or platform.machine()
+    model = about()["machine"]["processor"]
     return f"{model}, {threads} thread" + ("s" if threads > 1 else "")
 
 

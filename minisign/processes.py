@@ -24,9 +24,9 @@ MEMORY = 0.8e9  # bytes; a process that trains the main job's model takes two th
 Result = TypeVar("Result")
 
 
-def default_jobs() -> int:
-    """As many as this process may use cores and has memory for, at least one."""
-    return max(1, int(min(_cores(), _memory() / MEMORY)))
+def default_jobs(memory: float = MEMORY) -> int:
+    """As many as this process may use cores and has memory for, at least one; ``memory``: bytes of each."""
+    return max(1, int(min(_cores(), _memory() / memory)))
 
 
 def _cores() -> int:
@@ -39,6 +39,8 @@ def _cores() -> int:
 def _memory() -> float:
     """Bytes that are free, as far as the system says."""
     free = [float("inf")]
+    if hasattr(os, "sysconf"):  # all that there is, where nothing says what is free
+        free.append(float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")))
     if (limit := _read("/sys/fs/cgroup/memory.max")).isdecimal():
         free.append(float(limit))
     for line in _read("/proc/meminfo").splitlines():

@@ -182,6 +182,7 @@ def test_as_many_as_there_are_cores_and_memory_for(
     cores: int, files: dict[str, str], expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 2**24, "SC_PAGE_SIZE": 4096}.__getitem__)
     monkeypatch.setattr(processes, "_read", lambda path: files.get(path, ""))
     assert default_jobs() == expected
 

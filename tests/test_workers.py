@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 from pathlib import Path
@@ -44,11 +45,10 @@ def test_a_worker_takes_the_longest_first(tmp_path: Path) -> None:
 
 def test_there_is_a_worker_for_each_core_and_at_least_one(monkeypatch: pytest.MonkeyPatch) -> None:
     for cores, gibibytes, expected in ((2, 64, 2), (8, 4, 2), (64, 1, 1)):
-        monkeypatch.setattr(
-            workers.os, "sched_getaffinity", lambda pid, n=cores: set(range(n)), raising=False
-        )
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, n=cores: set(range(n)), raising=False)
         memory = {"SC_PHYS_PAGES": gibibytes << 20, "SC_PAGE_SIZE": 1024}
-        monkeypatch.setattr(workers.os, "sysconf", memory.__getitem__)
+        monkeypatch.setattr(os, "sysconf", memory.__getitem__)
+        monkeypatch.setattr("minisign.processes._read", lambda path: "")
         assert workers.pytest_xdist_auto_num_workers() == expected
 
 

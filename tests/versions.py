@@ -70,9 +70,10 @@ def row(interpreter: Path) -> tuple[list[str], list[str]]:
         ended = run_pytest(ROOT, arguments, python=str(interpreter))
         print(ended.stdout[-3000:], flush=True)
         cells.append(ended.stdout.strip().splitlines()[-1].partition(" in ")[0].strip("= "))
-        failed += re.findall(r"^(?:FAILED|ERROR) (\S+)", ended.stdout, re.MULTILINE)
-        if ended.returncode and not failed:
-            failed.append(f"pytest {' '.join(arguments)}: ended with {ended.returncode}")
+        named = re.findall(r"^(?:FAILED|ERROR) (\S+)", ended.stdout, re.MULTILINE)
+        if ended.returncode and not named:
+            named = [f"pytest {' '.join(arguments)}: ended with {ended.returncode}"]
+        failed += named
     return cells, failed
 
 
