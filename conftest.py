@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 PARALLEL, GUARD, FUSED = "tests/test_parallel.py::", "tests/test_guard.py::", "tests/test_fused.py::"
-INSPECT, CLI = "tests/test_inspect.py::", "tests/test_cli.py::"
+INSPECT, CLI, RECORDER = "tests/test_inspect.py::", "tests/test_cli.py::", "tests/test_claims_recorder.py::"
 # What begins so takes long; the longest first. Workers begin with it, in this order, so that none is left
 # with a long one when the others are done; `make quick` leaves it out.
 SLOW = (
@@ -37,6 +37,8 @@ SLOW = (
     "tests/test_workers.py::test_a_worker_takes_the_longest_first",
     "tests/test_experiment.py::test_a_script_runs_in_processes_of_one_thread_each",
     f"{INSPECT}test_a_run_of_this_package_says_its_weight_decay",
+    f"{RECORDER}test_of_tests_those_marked_are_recorded",
+    f"{RECORDER}test_a_notebook_is_run_to_its_end",
     f"{GUARD}test_a_run_killed_while_it_goes_back_resumes_from_an_intact_checkpoint",
     "tests/test_hf.py::test_the_trainer",
     "tests/test_hf.py::test_a_trainer_that_resumes",
@@ -47,7 +49,9 @@ SLOW = (
     f"{FUSED}test_ptx",
     f"{FUSED}test_resume_in_another",
     f"{FUSED}test_interpreted_is_compiled",
+    f"{FUSED}test_triton_on_a_cpu_needs_the_interpreter",
     "tests/test_heterogeneity.py::test_every_curvature_of_the_notebooks_gpt_converges",
+    "tests/test_heterogeneity.py::test_curvature_of_a_gpt_is_that_of_its_whole_hessian",
     "tests/test_release.py::test_bit_for_bit_what_accumulation_does",
 )
 MEMORY = 2**31  # bytes of a worker, with the kernel of its notebook

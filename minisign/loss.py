@@ -52,7 +52,10 @@ class _CrossEntropy(torch.autograd.Function):
             rows = F.one_hot(targets, logits.shape[-1]).to(logits)
             return towards * (rows - logits.softmax(-1)), None
         parts = min(PARTS, 1 + logits.numel() // PART)
+        zeros = logits.new_zeros(-(-len(logits) // parts), logits.shape[-1])
         for part, ids in zip(logits.chunk(parts), targets.chunk(parts), strict=True):
-            rows = torch.zeros_like(part).scatter_(-1, ids[:, None], towards.expand(len(ids), 1))
+            rows, at = zeros[: len(part)], ids[:, None]
+            rows.scatter_(-1, at, towards.expand_as(at))
             torch._log_softmax_backward_data(rows, part, -1, part.dtype, out=part)
+            rows.scatter_(-1, at, 0)
         return logits, None
