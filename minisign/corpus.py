@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -107,6 +108,7 @@ RARE = Language(
 )
 
 
+@lru_cache(maxsize=2)  # runs that are compared share their text, and a text its vocabulary comes from
 def generate(config: CorpusConfig = DEFAULT) -> str:
     """The text: documents of about 90 words, a blank line between two, ending with a newline."""
     random = np.random.RandomState(config.seed)
