@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from minisign import EmbeddingWatch, Tiger, track_rows
 from minisign.checkpoint import newest, steps_of
-from minisign.corpus import CorpusConfig
+from minisign.corpus import CorpusConfig, generate
 from minisign.optim.shards import check_rows, first_row, local
 from minisign.parallel import ALONE, World, joined
 from minisign.train import MODEL, Config, Run, load_tokens, train
@@ -270,19 +270,9 @@ def test_a_killed_process_ends_the_others_and_leaves_the_checkpoint(engine: str,
 
 
 def test_train_at_the_shell(tmp_path: Path) -> None:
-    train_small = [
-        "--batch",
-        "6",
-        "--context",
-        "8",
-        "--width",
-        "16",
-        "--vocab-size",
-        "500",
-        "--layers",
-        "1",
-    ]
-    common = ["-m", "minisign", "train", *train_small]
+    (tmp_path / "text").write_text(generate(BASE["corpus"]))
+    small = "--batch 6 --context 8 --width 16 --vocab-size 500 --layers 1".split()
+    common = ["-m", "minisign", "train", "--text", str(tmp_path / "text"), *small]
     done = torchrun(2, *common, "--steps", "6", "--parallel", "fsdp", "--out", str(tmp_path / "a"))
     assert done.stdout.count("step 6: training loss") == 1
     more = ["--steps", "9", "--parallel", "ddp", "--resume", str(tmp_path / "a")]
