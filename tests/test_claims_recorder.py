@@ -309,8 +309,10 @@ def test_everything_is_run_under_enough_settings() -> None:
         str(n) for n in range(1, 13)
     }
     assert all(len(x) <= 1 for x in environments)  # one thing at a time
-    notebook, test = (len(settings_of(ROOT / name)) for name in ("a.ipynb", "test_a.py"))
+    paths = ("a.ipynb", "test_a.py", "solutions/a.ipynb")
+    notebook, test, solution = (len(settings_of(ROOT / name)) for name in paths)
     assert notebook - 2 == test >= 16
+    assert notebook - 11 == solution  # which has one jitter of the twelve
 
 
 def test_a_log_keeps_what_is_of_the_same_code_and_is_the_same_in_any_order(tmp_path: Path) -> None:
