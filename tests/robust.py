@@ -43,7 +43,8 @@ TEXT = (
     "`all`, a chain, an array) the least. Its mean and its spread (the standard deviation) are over "
     f"runs that differ by rounding alone: {JITTERS} jitters of the initial weights by units of rounding "
     "(`MINISIGN_JITTER`), `ATEN_CPU_CAPABILITY` default and avx2, two threads, and none of these, one "
-    "at a time, with seed 0; solutions, which train nothing, have one of the jitters. The *margin* is the mean slack in spreads; three are asked for. In the "
+    "at a time, with seed 0; solutions, which train nothing, have one of the jitters. The *margin* is the "
+    "mean slack in spreads; three are asked for. In the "
     "last column is the least slack with the seeds 3 and 7, other experiments, where a claim has to "
     "hold as well. An assertion in a loop stands here as it was when it was closest to failing."
 )
