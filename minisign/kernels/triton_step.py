@@ -29,8 +29,8 @@ from minisign.kernels import rule
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 # Entries of a program, and its warps: 8 entries a thread, which are 16 bytes of bfloat16, are what an H200
-# is fastest with (benchmarks/gpu.py, blocks). One program costs the interpreter some 3 ms.
-BLOCK = 65536 if INTERPRETED else 1024
+# is fastest with (benchmarks/gpu.py, blocks).
+BLOCK = 1024
 ROW_BLOCK = 1024
 WARPS = 4
 
