@@ -31,7 +31,7 @@ happen on a small GPT, with each cure beside it."""
 
 EXAMPLES = """\
 examples:
-  minisign reproduce                             all variants, on two CPU cores in about five minutes
+  minisign reproduce                             all variants, on two CPU cores in about four minutes
   minisign reproduce --text book.txt             the same on your own text
   minisign reproduce --variants tiger,lazy       two of them
   minisign train --optimizer lion --out runs/a   one run, with a checkpoint

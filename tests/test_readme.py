@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,29 @@ FIXES = {
     "hybrid": "hybrid",
     "AdamW for all": "adamw",
 }
+
+
+MAIN_JOB = json.loads((ROOT / "benchmarks" / "results" / "main-job.json").read_text())
+
+
+@pytest.mark.parametrize("run", MAIN_JOB["found"]["new"], ids=lambda run: run["variant"])
+def test_table_of_the_main_job(run: dict[str, Any]) -> None:
+    def share(name: str) -> str:
+        return f"{100 * run[name]:.1f} %" if run[name] else "0"
+
+    ends = f"{run['embedding_max']:.2f}, {run['embedding_min']:.2f}".replace("-", "−")
+    cells = [f"{run['val_loss']:.2f}", ends, share("rare_saturated"), share("frequent_saturated")]
+    (line,) = (line for line in README.splitlines() if line.startswith(f"| `{run['variant']}` | "))
+    assert line.endswith(f" | {' | '.join(cells)} |")
+
+
+def test_what_is_said_of_the_main_job() -> None:
+    text, seconds = " ".join(README.split()), sorted(MAIN_JOB["seconds"]["new"])
+    assert f"`make reproduce` took {seconds[0]:.0f} to {seconds[-1]:.0f} seconds on" in text
+    (old, new) = ({run["variant"]: run for run in MAIN_JOB["found"][which]} for which in ("old", "new"))
+    assert f"with two threads in place of one, Lion's loss was {old['lion']['val_loss']:.2f}" in text
+    assert f"keeps everything below {math.ceil(new['half_swap']['head_max'])} while" in text
+    assert f"run to ±{new['tied']['embedding_max']:.0f}." in text
 
 
 @pytest.mark.parametrize("name", FIXES)
