@@ -11,10 +11,10 @@ Five parts, each in a process of its own and with its own share of the time:
     blocks      how many entries a program of the kernels should have
     article     the embedding blow-up at the size of GPT-2: Tiger by its author's rule, and with lazy rows
 
-It runs with what is there, without a network: what a missing package is needed for is left out, and named.
-Each part writes DIR/CARD/PART.json as it goes, so that a cut loses what is in hand and no more; a picture
-is drawn at the end. `--parts speed,article` runs those alone; `--dry` runs all of them at toy size on a
-CPU, as the tests do.
+It needs torch, NumPy, safetensors and tiktoken, and no network: what is not there of the rest is left out,
+and named. Each part writes DIR/CARD/PART.json as it goes, so that a cut loses what is in hand and no more; a
+picture is drawn at the end. `--parts speed,article` runs those alone; `--dry` runs all of them at toy size
+on a CPU, as the tests do.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ from minisign.tokenizer import Tokens, tokenize
 from minisign.train import Config, Run, train, validation_loss
 
 ROOT = Path(__file__).parents[1]
+DONE = "done"
 
 
 class Task(NamedTuple):
@@ -419,20 +420,32 @@ def start_part(name: str, seconds: float, limit: float, arguments: list[str]) ->
         if child.poll() is None:  # out of time, or Ctrl-C: with all that it has started
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
-    return "done" if code == 0 else f"failed with {code}"
+    return DONE if code == 0 else f"failed with {code}"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What a part has written; nothing if it has not."""
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+
+def outcome_of(report: dict[str, Any]) -> str:
+    """Of a part that went through: what it says of itself."""
+    failed = (
+        [f"{len(report['failures'])} of {report['tests']} tests failed"] if report.get("failures") else []
+    )
+    left = [f"left out: {report['left_out']}"] if report.get("left_out") else []
+    return ", ".join(failed + left) or DONE
 
 
 def draw(folder: Path) -> None:
     """Pictures of the speed and of the article's run, from what lies in the folder."""
     from minisign import plots
 
-    if (folder / "speed.json").is_file():
-        report = json.loads((folder / "speed.json").read_text())
+    speed, article = folder / "speed.json", folder / "article.json"
+    if (report := read(speed)).get("results"):
         title = f"{report['card']}, torch {report['torch']}"
         optimizer_step.draw(report["results"], title, folder / "speed.png")
-    if (folder / "article.json").is_file():
-        report = json.loads((folder / "article.json").read_text())
-        runs = report["runs"]
+    if runs := (report := read(article)).get("runs"):
         measured = {run["variant"]: curve(run, "largest", "smallest") for run in runs}
         law = {"theory: logistic growth": curve(runs[0], "logistic")}
         title = f"Largest embedding entry, {runs[0]['parameters'] / 1e6:.0f}M parameters ({report['card']})"
@@ -472,6 +485,7 @@ def main() -> int:
     if args.part:
         run_part(args.part, args.seconds, args.dry, folder)
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a part must not be left with the card
     end = time.monotonic() + 60 * args.minutes
     print(", ".join(f"{name} {value}" for name, value in here.items() if value), flush=True)
     outcomes = {}
@@ -480,6 +494,8 @@ def main() -> int:
         seconds = left * PARTS[name][1] / sum(PARTS[later][1] for later in chosen[i:])
         print(f"\n=== {name}, {seconds:.0f} s ===", flush=True)
         outcomes[name] = start_part(name, seconds, min(seconds + GRACE, left), own)
+        if outcomes[name] == DONE:
+            outcomes[name] = outcome_of(read(folder / f"{name}.json"))
     if importlib.util.find_spec("matplotlib"):
         draw(folder)
     else:
@@ -487,7 +503,7 @@ def main() -> int:
     print(f"\n{folder}")
     for name, outcome in outcomes.items():
         print(f"  {name:10} {outcome}")
-    return int(any(outcomes[name] != "done" for name in chosen))
+    return int(any(outcomes[name] != DONE for name in chosen))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -26,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from minisign.experiment import about
-from minisign.files import write_json, write_whole
+from minisign.files import prepare_out, write_json, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 SET = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "PYTHONPATH")  # what a user would not have set
@@ -52,7 +53,8 @@ def git(*arguments: str) -> str:
 @contextmanager
 def busy(cores: int) -> Iterator[None]:
     """So many processes that want a core each."""
-    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(cores)]
+    loop = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"  # ends with this process
+    loops = [subprocess.Popen([sys.executable, "-c", loop]) for _ in range(cores)]
     try:
         yield
     finally:
@@ -97,6 +99,16 @@ def main() -> None:
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error(f"--rounds must be 1 or more, got {args.rounds}")
+    if args.steps < 1:
+        parser.error(f"--steps must be 1 or more, got {args.steps}")
+    if args.threads is not None and args.threads < 1:
+        parser.error(f"--threads must be 1 or more, got {args.threads}")
+    if args.out is not None:
+        try:
+            prepare_out(args.out.parent)  # before an hour is spent
+        except ValueError as error:
+            parser.error(str(error))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # subprocess.run ends what it started
     cores = os.cpu_count() or 1
     seconds: dict[str, list[float]] = {"old": [], "new": []}
     found: dict[str, list[dict[str, Any]]] = {}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from minisign.files import one_line
+from minisign.jitter import JITTER, natural_number
 from minisign.kernels.rule import Unavailable
 
 if TYPE_CHECKING:
@@ -384,22 +385,21 @@ def run_reproduce(args: argparse.Namespace) -> int:
         reproduce(
             variants, args.form, base, device, args.out, partial(_progress, bars), finished.append, jobs
         )
-        interrupted = False
-    except KeyboardInterrupt:
-        interrupted = True
+        stopped: BaseException | None = None
+    except (KeyboardInterrupt, FloatingPointError, OSError) as error:
+        stopped = error
     finally:
         for bar in bars:
             bar.close()
     finished.sort(key=lambda outcome: variants.index(outcome.result["variant"]))
-    _print_table(finished)
-    if interrupted:
-        kept = (
-            f"{len(finished)} of {len(variants)} variants are in {args.out}"
-            if finished
-            else "nothing to keep"
-        )
-        print(f"\ninterrupted: {kept}", file=sys.stderr)
-        return 130
+    if finished:
+        _print_table(finished)
+    if stopped is not None:
+        kept = f"{len(finished)} of {len(variants)} variants are in {args.out}"
+        print(f"\ninterrupted: {kept if finished else 'nothing to keep'}", file=sys.stderr)
+        if isinstance(stopped, KeyboardInterrupt):
+            return 130
+        raise stopped
     print(f"\nresults.json and the pictures are in {args.out}")
     return 0
 
@@ -794,6 +794,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     command = f"{parser.prog} {args.command}"
     try:
+        if args.command in ("reproduce", "train") and (jitter := natural_number(JITTER)):
+            print(f"{command}: {JITTER} is {jitter}: weights start units of rounding away", file=sys.stderr)
         code: int = args.run(args)
         return code
     except (ValueError, TypeError, OSError, FloatingPointError, Unavailable) as error:

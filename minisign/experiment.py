@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from minisign.files import write_whole
+from minisign.jitter import JITTER, natural_number
 from minisign.processes import side_by_side
 from minisign.train import Config
 
@@ -74,6 +75,10 @@ def main(script: str, jobs: Sequence[Job], measure: Callable[[Job], Figures]) ->
     parser.add_argument("--processes", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--fresh", action="store_true", help="make every run anew")
     arguments = parser.parse_args()
+    if arguments.processes < 1:
+        parser.error(f"--processes must be 1 or more, got {arguments.processes}")
+    if jitter := natural_number(JITTER):
+        parser.error(f"a log is of runs as they are, and {JITTER} is {jitter}: unset it")
     log = Path(script).parent / "logs" / f"{name}.jsonl"
     log.parent.mkdir(exist_ok=True)
     here = about()

@@ -22,14 +22,14 @@ Start = TypeVar("Start", bound=Tensor | nn.Module)
 
 
 def natural_number(variable: str) -> int:
-    """The natural number in an environment variable; 0 if it is not set.
+    """The natural number in an environment variable, a seed; 0 if it is not set.
 
     Raises:
-        ValueError: anything else.
+        ValueError: anything else, or 2³² and more.
     """
     given = os.environ.get(variable, "0")
-    if not given.isdecimal():
-        raise ValueError(f"{variable} must be a natural number, got {given!r}")
+    if not given.isdecimal() or int(given) >= 2**32:
+        raise ValueError(f"{variable} must be a natural number below 2³², got {given!r}")
     return int(given)
 
 

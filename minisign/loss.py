@@ -2,7 +2,7 @@
 
 ``F.cross_entropy`` keeps the log-probabilities beside the logits, then makes an array of zeros for the
 targets and another for the gradient, each as large. Here all of it happens in the memory of the logits, and
-every bit of loss and gradient is torch's.
+every bit of loss and gradient is torch's (of types narrower than float32, that of the loss in float32).
 """
 
 from __future__ import annotations

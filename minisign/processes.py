@@ -65,8 +65,8 @@ def side_by_side(
 ) -> Generator[tuple[str, Result], None, None]:
     """Calls ``work(*arguments, tell)`` for each task, ``jobs`` at a time, and gives its name and result.
 
-    Closed early, or left by Ctrl-C or an error of a task, it ends all processes at once. They end with this
-    one, too, however it ends.
+    Closed early, or left by Ctrl-C or an error of a task, it ends all processes within seconds. They end
+    with this one, too, however it ends.
 
     Args:
         work: a function at the top of its module; processes are spawned, arguments and results pickled.
@@ -74,12 +74,15 @@ def side_by_side(
         tasks: by name, the arguments.
 
     Raises:
-        ChildProcessError: a process died. Whatever ``work`` raises.
+        ValueError: no jobs. ChildProcessError: a process died. Whatever ``work`` raises, after the results
+            that are there.
     """
+    if jobs < 1:
+        raise ValueError(f"jobs must be 1 or more, got {jobs}")
     context = get_context("spawn")
     messages = context.SimpleQueue()  # whose messages are here when the result is
     lifeline, held = context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(jobs, context, _start, (messages, lifeline))
+    pool = ProcessPoolExecutor(max(1, min(jobs, len(tasks))), context, _start, (messages, lifeline))
     waiting = {}
     try:
         with _one_thread(), _ctrl_c_is_for_the_parent():
@@ -89,11 +92,15 @@ def side_by_side(
             done, _ = wait(waiting, timeout=0.1, return_when=FIRST_COMPLETED)
             while not messages.empty():
                 hear(*messages.get())
-            for future in [future for future in waiting if future in done]:  # in the order of the tasks
+            # In the order of the tasks, and what failed last.
+            for future in sorted(
+                (x for x in waiting if x in done), key=lambda x: x.exception() is not None
+            ):
                 yield waiting.pop(future), future.result()
     except BrokenProcessPool:
         raise ChildProcessError(
-            "a process died, perhaps for want of memory: fewer jobs at a time need less"
+            "a process died, perhaps for want of memory: fewer jobs at a time need less. If it could not "
+            "begin: a script that asks for processes needs `if __name__ == '__main__'`"
         ) from None
     finally:
         if waiting:

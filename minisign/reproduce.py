@@ -23,6 +23,7 @@ import torch
 from minisign import theory
 from minisign.files import prepare_out, write_json, write_whole
 from minisign.gpt import GPT
+from minisign.jitter import JITTER, natural_number
 from minisign.probes import extremes, frequent_tokens, rare_tokens, row_rms, saturation
 from minisign.processes import side_by_side
 from minisign.tokenizer import Tokens
@@ -284,6 +285,7 @@ def reproduce(
         "frequent_tokens": int(frequent_tokens(counts).sum()),
         "device": str(device),
         "threads": 1 if jobs > 1 else torch.get_num_threads(),
+        "jitter": natural_number(JITTER),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
@@ -300,6 +302,7 @@ def reproduce(
 
     tasks = {name: (name, config, tokens, counts, device) for name, config in configs.items()}
     outcomes: dict[str, Outcome] = {}
+    drawing = out is not None
     try:
         with closing(side_by_side(_outcome, tasks, jobs, hear) if jobs > 1 else one_by_one()) as coming:
             for name, outcome in coming:
@@ -307,8 +310,11 @@ def reproduce(
                 if out is not None:
                     write_results(out, about, _in_order(outcomes, configs))
                 finished(outcome)
+    except OSError as error:  # a folder that takes no results takes no pictures
+        drawing = drawing and isinstance(error, ChildProcessError)
+        raise
     finally:
-        if out is not None and outcomes:
+        if drawing and out is not None and outcomes:
             write_pictures(out, _in_order(outcomes, configs), counts, form)
     return _in_order(outcomes, configs)
 

@@ -116,6 +116,8 @@ def run(path: Path, setting: str) -> Line:
         if not record.is_file():
             raise RuntimeError(f"{name}, {setting}: ended with {ended.returncode}\n{ended.stdout[-2000:]}")
         found = json.loads(record.read_text())
+        if ended.returncode not in (0, 1):  # 1: a test failed, which is in the record
+            found["errors"]["pytest"] = f"ended with {ended.returncode}"
     machine = here["machine"]
     return {
         "file": name,
@@ -299,12 +301,14 @@ def joined(names: Iterable[str]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
+    parser.add_argument("--jobs", type=int, metavar="N", default=2, help="runs at a time (default: 2)")
     parser.add_argument(
         "--only", metavar="NAME", nargs="+", default=[""], help="files with this in their name"
     )
     parser.add_argument("--setting", choices=SETTINGS, help="one of the settings")
     arguments = parser.parse_args()
+    if arguments.jobs < 1:
+        parser.error(f"--jobs must be 1 or more, got {arguments.jobs}")
     chosen = [path for path in files() if any(name in path.name for name in arguments.only)]
     if not chosen:
         parser.error(f"no file has {' or '.join(map(repr, arguments.only))} in its name")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import robust
 import torch
 from claims import NAME, Recorder, Rewriter, rewritten
 from nbformat import write
@@ -331,6 +332,19 @@ def test_a_log_keeps_what_is_of_the_same_code_and_is_the_same_in_any_order(tmp_p
             file.writelines(json.dumps(x) + "\n" for x in (stale, unknown))
         assert Log(log.path).ordered() == [other, one]
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 5])
+def test_a_run_that_ended_early_is_an_error(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What pytest ends with where a test fails, 1, is in the record; where it collects none, 5, is not."""
+
+    def ended(command: Any, env: dict[str, str], **options: Any) -> Any:
+        Path(env["MINISIGN_CLAIMS"]).write_text('{"claims": {}, "errors": {}, "differ": []}')
+        return subprocess.CompletedProcess(command, code, "")
+
+    monkeypatch.setattr(subprocess, "run", ended)
+    errors = robust.run(ROOT / "tests" / "test_guard.py", "base")["errors"]
+    assert errors == ({"pytest": f"ended with {code}"} if code > 1 else {})
 
 
 def test_a_notebooks_code_counts_and_nothing_else(tmp_path: Path) -> None:

@@ -148,6 +148,31 @@ def test_interrupted_reproduce_keeps_what_is_finished(
     assert "interrupted: 1 of 3 variants are in" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("error", [ChildProcessError("a process died"), OSError("cannot write results")])
+def test_reproduce_that_fails_says_why_and_keeps_what_is_finished(
+    error: OSError, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    real = reproduce_module.train_variant
+
+    def failing(variant: str, *args: Any) -> Any:
+        if variant == "lion":
+            raise error
+        return real(variant, *args)
+
+    monkeypatch.setattr(reproduce_module, "train_variant", failing)
+    monkeypatch.setenv("MINISIGN_JITTER", "5")
+    argv = ["reproduce", "--text", text, "--variants", "tiger,lion", "--steps", "3", "--jobs", "1"]
+    assert main([*argv, "--out", str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert "tiger" in printed.out
+    assert "interrupted: 1 of 2 variants are in" in printed.err
+    assert printed.err.endswith(f"minisign reproduce: error: {error}\n")
+    # Where results could not be written, pictures are not tried: their error would hide the first one.
+    assert (tmp_path / "growth.png").exists() == isinstance(error, ChildProcessError)
+    assert "MINISIGN_JITTER is 5: weights start units of rounding away" in printed.err
+    assert json.loads((tmp_path / "results.json").read_text())["config"]["jitter"] == 5
+
+
 def test_ctrl_c_for_real(tmp_path: Path, text: str) -> None:
     command = [*MINISIGN, "reproduce", "--text", text, "--variants", "adamw", "--steps", "10000"]
     assert "interrupted: nothing to keep" in interrupt(start([*command, "--jobs", "1", "--out", tmp_path]))

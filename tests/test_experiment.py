@@ -131,11 +131,23 @@ def test_what_is_measured_before_a_failure_is_kept(bench: Bench) -> None:
 
 
 def test_bad_arguments(bench: Bench, capsys: Any) -> None:
-    for argv, message in ((["--processes", "many"], "invalid int value: 'many'"), (["--slow"], "--slow")):
+    for argv, message in (
+        (["--processes", "many"], "invalid int value: 'many'"),
+        (["--processes", "0"], "--processes must be 1 or more, got 0"),
+        (["--slow"], "--slow"),
+    ):
         with pytest.raises(SystemExit) as exit_:
             bench("a", *argv)
         assert exit_.value.code == 2
         assert message in capsys.readouterr().err
+    assert not bench.log.exists()
+
+
+def test_no_log_of_jittered_runs(bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("MINISIGN_JITTER", "5")
+    with pytest.raises(SystemExit):
+        bench("a")
+    assert "MINISIGN_JITTER is 5: unset it" in capsys.readouterr().err
     assert not bench.log.exists()
 
 

@@ -96,6 +96,17 @@ def test_a_part_out_of_time_ends_with_all_it_started(tmp_path: Path) -> None:
     assert written.read_text() == "{}"
 
 
+def test_what_a_part_says_of_itself(tmp_path: Path) -> None:
+    failed = {"tests": 84, "passed": 81, "failures": {"a": "", "b": "", "c": ""}}
+    assert gpu.outcome_of(failed) == "3 of 84 tests failed"
+    assert gpu.outcome_of({"left_out": "pytest is not installed"}) == "left out: pytest is not installed"
+    assert gpu.outcome_of({**failed, "failures": {}}) == gpu.outcome_of({}) == "done"
+    for part in ("speed", "article"):  # out of time before the first figure
+        (tmp_path / f"{part}.json").write_text('{"card": "a card", "torch": "2.11.0", "complete": true}')
+    gpu.draw(tmp_path)
+    assert not list(tmp_path.glob("*.png"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import signal
 import subprocess
@@ -86,6 +87,12 @@ def fail_or_sleep(message: str, tell: Callable[..., object]) -> None:
     time.sleep(1e6)
 
 
+def fail_or_return(message: str, tell: Callable[..., object]) -> str:
+    if message:
+        raise FloatingPointError(message)
+    return message
+
+
 def die(tell: Callable[..., object]) -> None:
     os._exit(3)
 
@@ -136,6 +143,20 @@ def test_closed_early_all_processes_end_at_once() -> None:
 def test_an_error_is_the_tasks_own_and_ends_the_others() -> None:
     with pytest.raises(FloatingPointError, match="the loss is nan at step 10"):
         list(side_by_side(fail_or_sleep, {"a": ("",), "b": ("the loss is nan at step 10",)}, 2))
+
+
+def test_results_that_are_there_come_before_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "wait", lambda futures, **options: concurrent.futures.wait(futures))
+    coming = side_by_side(fail_or_return, {"a": ("the loss is nan",), "b": ("",)}, 2)
+    assert next(coming) == ("b", "")
+    with pytest.raises(FloatingPointError, match="the loss is nan"):
+        next(coming)
+
+
+def test_no_jobs_are_an_error_and_more_than_there_are_tasks_are_not() -> None:
+    with pytest.raises(ValueError, match="jobs must be 1 or more, got 0"):
+        next(side_by_side(sleep, {"a": (0.0,)}, 0))
+    assert list(side_by_side(sleep, {"a": (0.0,)}, 2**31)) == [("a", 0.0)]
 
 
 def test_a_process_that_dies_is_a_clear_error() -> None:

@@ -5,8 +5,8 @@
 
 Each pair has an environment of its own in runs/versions, with the newest of everything else that pip finds
 for it: an hour, and some 5 GB each where torch comes with CUDA. One that is there is used again. Writes
-docs/versions.md; exits with 1 if a test fails. A Python that is not on PATH as python3.x is left out, and
-named.
+docs/versions.md; exits with 1 if a test fails, or a pair was not run: where its Python is not on PATH as
+python3.x, or something could not be installed.
 """
 
 from __future__ import annotations
@@ -88,8 +88,10 @@ def main() -> int:
     for python, torch in chosen:
         try:
             cells, failed = row(environment(python, torch))
-        except FileNotFoundError as error:
+        except (FileNotFoundError, subprocess.CalledProcessError) as error:
             notes.append(f"- Python {python} with torch {torch or 'of today'}: not run, {error}.")
+            print(notes[-1], flush=True)
+            wrong = True
             continue
         rows.append(cells)
         wrong |= bool(failed)
