@@ -12,9 +12,9 @@ Five parts, each in a process of its own and with its own share of the time:
     article     the embedding blow-up at the size of GPT-2: Tiger by its author's rule, and with lazy rows
 
 It needs torch, NumPy, safetensors and tiktoken, and no network: what is not there of the rest is left out,
-and named. Each part writes DIR/CARD/PART.json as it goes, so that a cut loses what is in hand and no more; a
-picture is drawn at the end. `--parts speed,article` runs those alone; `--dry` runs all of them at toy size
-on a CPU, as the tests do.
+and named. Each part writes DIR/CARD/PART.json as it goes, so that a cut loses what is in hand and no more;
+pictures are drawn at the end. `--parts speed,article` runs those alone; `--dry` runs all of them at toy
+size on a CPU, as the tests do.
 """
 
 from __future__ import annotations
