@@ -43,7 +43,7 @@ def test_all_parts_at_toy_size(tmp_path: Path) -> None:
         assert report["part"] == name
         assert report["complete"] is report["dry"] is True
         assert {"card", "commit", "torch", "python", "date", "seconds"} <= set(report)
-        assert f"  {name:10} done" in done.stdout.splitlines()
+        assert f"\n  {name:10} {gpu.outcome_of(report)}\n" in done.stdout
     assert found["kernels"]["passed"] == found["kernels"]["tests"] >= 1
     assert {x["name"] for x in found["subnormal"]["results"]} == {
         n for n in gpu.ROADS if "compile" not in n
@@ -100,6 +100,7 @@ def test_what_a_part_says_of_itself(tmp_path: Path) -> None:
     failed = {"tests": 84, "passed": 81, "failures": {"a": "", "b": "", "c": ""}}
     assert gpu.outcome_of(failed) == "3 of 84 tests failed"
     assert gpu.outcome_of({"left_out": "pytest is not installed"}) == "left out: pytest is not installed"
+    assert gpu.outcome_of({"left_out": {"a": "no module", "b": "no module"}}) == "left out: a, b"
     assert gpu.outcome_of({**failed, "failures": {}}) == gpu.outcome_of({}) == "done"
     for part in ("speed", "article"):  # out of time before the first figure
         (tmp_path / f"{part}.json").write_text('{"card": "a card", "torch": "2.11.0", "complete": true}')
