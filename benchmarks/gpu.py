@@ -440,14 +440,16 @@ def draw(folder: Path) -> None:
     """Pictures of the speed and of the article's run, from what lies in the folder."""
     from minisign import plots
 
-    speed, article = folder / "speed.json", folder / "article.json"
-    if (report := read(speed)).get("results"):
-        title = f"{report['card']}, torch {report['torch']}"
-        optimizer_step.draw(report["results"], title, folder / "speed.png")
-    if runs := (report := read(article)).get("runs"):
+    speed, article = (read(folder / f"{part}.json") for part in ("speed", "article"))
+    if speed.get("results"):
+        title = f"{speed['card']}, torch {speed['torch']}"
+        optimizer_step.draw(speed["results"], title, folder / "speed.png")
+    if runs := article.get("runs"):
         measured = {run["variant"]: curve(run, "largest", "smallest") for run in runs}
         law = {"theory: logistic growth": curve(runs[0], "logistic")}
-        title = f"Largest embedding entry, {runs[0]['parameters'] / 1e6:.0f}M parameters ({report['card']})"
+        title = (
+            f"Largest embedding entry, {runs[0]['parameters'] / 1e6:.0f}M parameters ({article['card']})"
+        )
         plots.save(plots.growth(measured, law, title), folder / "article.png")
 
 

@@ -381,11 +381,11 @@ def run_reproduce(args: argparse.Namespace) -> int:
         jobs = default_jobs() if device.type == "cpu" else 1
     finished: list[Outcome] = []
     bars: list[Any] = []
+    stopped: BaseException | None = None
     try:
         reproduce(
             variants, args.form, base, device, args.out, partial(_progress, bars), finished.append, jobs
         )
-        stopped: BaseException | None = None
     except (KeyboardInterrupt, FloatingPointError, OSError) as error:
         stopped = error
     finally:

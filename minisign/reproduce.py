@@ -302,7 +302,7 @@ def reproduce(
 
     tasks = {name: (name, config, tokens, counts, device) for name, config in configs.items()}
     outcomes: dict[str, Outcome] = {}
-    drawing = out is not None
+    pictures = out  # where to
     try:
         with closing(side_by_side(_outcome, tasks, jobs, hear) if jobs > 1 else one_by_one()) as coming:
             for name, outcome in coming:
@@ -311,11 +311,12 @@ def reproduce(
                     write_results(out, about, _in_order(outcomes, configs))
                 finished(outcome)
     except OSError as error:  # a folder that takes no results takes no pictures
-        drawing = drawing and isinstance(error, ChildProcessError)
+        if not isinstance(error, ChildProcessError):
+            pictures = None
         raise
     finally:
-        if drawing and out is not None and outcomes:
-            write_pictures(out, _in_order(outcomes, configs), counts, form)
+        if pictures is not None and outcomes:
+            write_pictures(pictures, _in_order(outcomes, configs), counts, form)
     return _in_order(outcomes, configs)
 
 

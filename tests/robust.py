@@ -44,9 +44,9 @@ TEXT = (
     f"runs that differ by rounding alone: {JITTERS} jitters of the initial weights by units of rounding "
     "(`MINISIGN_JITTER`), `ATEN_CPU_CAPABILITY` default and avx2, two threads, and none of these, one "
     "at a time, with seed 0; solutions, which train nothing, have one of the jitters. The *margin* is the "
-    "mean slack in spreads; three are asked for. In the "
-    "last column is the least slack with the seeds 3 and 7, other experiments, where a claim has to "
-    "hold as well. An assertion in a loop stands here as it was when it was closest to failing."
+    "mean slack in spreads; three are asked for. In the last column is the least slack with the seeds 3 "
+    "and 7, other experiments, where a claim has to hold as well. An assertion in a loop stands here as it "
+    "was when it was closest to failing."
 )
 COLUMNS = ("margin", "where", "assertion", "figure", "slack", "least", "other seeds")
 BASE = "base"
@@ -75,9 +75,11 @@ def files() -> list[Path]:
 def settings_of(path: Path) -> list[str]:
     """Tests have no seed of their own to be given another. Solutions train nothing, so one jitter tells as
     much as twelve."""
-    names = [name for name in SETTINGS if path.suffix == ".ipynb" or not name.startswith("seed")]
-    one = path.parent.name == "solutions"
-    return [name for name in names if not one or not name.startswith("jitter") or name == "jitter 1"]
+    if path.suffix == ".py":
+        return [name for name in SETTINGS if not name.startswith("seed")]
+    if path.parent.name == "solutions":
+        return [name for name in SETTINGS if not name.startswith("jitter") or name == "jitter 1"]
+    return list(SETTINGS)
 
 
 def digest(path: Path) -> str:

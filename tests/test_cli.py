@@ -129,17 +129,22 @@ def test_reproduce_takes_tiny_packed_and_several_texts(tmp_path: Path, text: str
     assert results["runs"][0]["frequent_saturated"] in (None, 0.0)
 
 
+def stop_at_lion(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variants before it are trained; then there is an error."""
+    real = reproduce_module.train_variant
+
+    def train_or_stop(variant: str, *args: Any) -> Any:
+        if variant == "lion":
+            raise error
+        return real(variant, *args)
+
+    monkeypatch.setattr(reproduce_module, "train_variant", train_or_stop)
+
+
 def test_interrupted_reproduce_keeps_what_is_finished(
     tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    real = reproduce_module.train_variant
-
-    def interrupted(variant: str, *args: Any) -> Any:
-        if variant == "lion":
-            raise KeyboardInterrupt
-        return real(variant, *args)
-
-    monkeypatch.setattr(reproduce_module, "train_variant", interrupted)
+    stop_at_lion(KeyboardInterrupt(), monkeypatch)
     argv = ["reproduce", "--text", text, "--variants", "tiger,lion,adamw", "--steps", "3", "--jobs", "1"]
     assert main([*argv, "--out", str(tmp_path)]) == 130
     results = json.loads((tmp_path / "results.json").read_text())
@@ -152,14 +157,7 @@ def test_interrupted_reproduce_keeps_what_is_finished(
 def test_reproduce_that_fails_says_why_and_keeps_what_is_finished(
     error: OSError, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    real = reproduce_module.train_variant
-
-    def failing(variant: str, *args: Any) -> Any:
-        if variant == "lion":
-            raise error
-        return real(variant, *args)
-
-    monkeypatch.setattr(reproduce_module, "train_variant", failing)
+    stop_at_lion(error, monkeypatch)
     monkeypatch.setenv("MINISIGN_JITTER", "5")
     argv = ["reproduce", "--text", text, "--variants", "tiger,lion", "--steps", "3", "--jobs", "1"]
     assert main([*argv, "--out", str(tmp_path)]) == 2

@@ -44,6 +44,12 @@ def test_all_parts_at_toy_size(tmp_path: Path) -> None:
         assert report["complete"] is report["dry"] is True
         assert {"card", "commit", "torch", "python", "date", "seconds"} <= set(report)
         assert f"\n  {name:10} {gpu.outcome_of(report)}\n" in done.stdout
+    assert {name for name, report in found.items() if gpu.outcome_of(report) == "done"} >= {
+        "kernels",
+        "subnormal",
+        "article",
+    }
+    assert gpu.outcome_of(found["blocks"]) == "left out: the interpreter has blocks of its own"
     assert found["kernels"]["passed"] == found["kernels"]["tests"] >= 1
     assert {x["name"] for x in found["subnormal"]["results"]} == {
         n for n in gpu.ROADS if "compile" not in n
