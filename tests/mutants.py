@@ -37,6 +37,8 @@ FUSED, RELEASE = "tests/test_fused.py::", "tests/test_release.py::"
 INSPECT, WATCH = "tests/test_inspect.py::", "tests/test_watch.py::"
 RELIABILITY, PARALLEL = "tests/test_reliability.py::", "tests/test_parallel.py::"
 UPDATES, GUARD = "tests/test_updates.py::", "tests/test_guard.py::"
+JITTER, PROCESSES = "tests/test_jitter.py::", "tests/test_processes.py::"
+RECORDER = "tests/test_claims_recorder.py::"
 
 
 @dataclass(frozen=True)
@@ -541,6 +543,48 @@ MUTANTS = (
         "        add_up(params[0], found)\n",
         "        add_up(params[0], found[:1])\n",
         PARALLEL + "test_two_processes_with_half_the_batch_are_one[tiger-fsdp]",
+    ),
+    Mutant(
+        "a jitter that draws from torch's generator",
+        "minisign/jitter.py",
+        "x.shape, generator=generator)",
+        "x.shape)",
+        JITTER + "test_torchs_own_generator_is_left_alone",
+    ),
+    Mutant(
+        "targets left among the zeros",
+        "minisign/loss.py",
+        "            rows.scatter_(-1, at, 0)\n",
+        "",
+        "tests/test_loss.py::test_loss_and_gradient_are_torchs",
+    ),
+    Mutant(
+        "two threads in a process",
+        "minisign/processes.py",
+        'os.environ[name] = "1"',
+        'os.environ[name] = "2"',
+        PROCESSES + "test_every_task_has_one_thread_and_its_messages_come_before_its_result",
+    ),
+    Mutant(
+        "an error before the results that are there",
+        "minisign/processes.py",
+        "key=lambda x: x.exception() is not None",
+        "key=lambda x: x.exception() is None",
+        PROCESSES + "test_results_that_are_there_come_before_an_error",
+    ),
+    Mutant(
+        "slack of `a > b` with the wrong sign",
+        "tests/claims.py",
+        'y - x if name.startswith("L") else x - y',
+        "y - x",
+        RECORDER + "test_each_kind_of_assertion",
+    ),
+    Mutant(
+        "a failing claim that is no fault",
+        "tests/robust.py",
+        "    failing = [claim for claim in every if claim.fails]\n",
+        "    failing: list[Claim] = []\n",
+        RECORDER + "test_what_is_wrong_is_named",
     ),
 )
 

@@ -67,7 +67,7 @@ def row(interpreter: Path) -> tuple[list[str], list[str]]:
     asked = subprocess.run([str(interpreter), "-c", VERSIONS], capture_output=True, text=True, check=True)
     cells, failed = asked.stdout.split(), []
     for arguments in CHECKS.values():
-        ended = run_pytest(ROOT, arguments, python=str(interpreter))
+        ended = run_pytest(ROOT, ("-n", "auto", *arguments), python=str(interpreter))
         print(ended.stdout[-3000:], flush=True)
         cells.append(ended.stdout.strip().splitlines()[-1].partition(" in ")[0].strip("= "))
         named = re.findall(r"^(?:FAILED|ERROR) (\S+)", ended.stdout, re.MULTILINE)
