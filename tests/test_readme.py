@@ -28,7 +28,10 @@ FIXES = {
 }
 
 
-MAIN_JOB = json.loads((ROOT / "benchmarks" / "results" / "main-job.json").read_text())
+MAIN_JOB, BUSY = (
+    json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    for name in ("main-job", "main-job-busy")
+)
 
 
 @pytest.mark.parametrize("run", MAIN_JOB["found"]["new"], ids=lambda run: run["variant"])
@@ -49,6 +52,9 @@ def test_what_is_said_of_the_main_job() -> None:
     assert f"with two threads in place of one, Lion's loss was {old['lion']['val_loss']:.2f}" in text
     assert f"keeps everything below {math.ceil(new['half_swap']['head_max'])} while" in text
     assert f"run to ±{new['tied']['embedding_max']:.0f}." in text
+    took = {which: "{:.0f} and {:.0f}".format(*sorted(BUSY["seconds"][which])) for which in ("old", "new")}
+    assert BUSY["busy"]
+    assert f"for {BUSY['steps']} steps took {took['new']} seconds, and {took['old']} in one process" in text
 
 
 @pytest.mark.parametrize("name", FIXES)
