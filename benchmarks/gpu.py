@@ -50,7 +50,7 @@ from benchmarks import optimizer_step
 from benchmarks.optimizer_step import RESULTS, Clock, CompiledLion, commit, slug
 from minisign import theory
 from minisign.corpus import CorpusConfig, generate
-from minisign.files import write_json, write_whole
+from minisign.files import prepare_out, write_json, write_whole
 from minisign.probes import extremes
 from minisign.reproduce import variant_config
 from minisign.tokenizer import Tokens, tokenize
@@ -461,12 +461,21 @@ def curve(run: dict[str, Any], *names: str) -> tuple[list[float], list[float]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description=(__doc__ or "").split("\n")[0]
+        prog="python -m benchmarks.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--minutes", type=float, default=8.0, help="for all of it (default: 8)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help=f"folder (default: {RESULTS.name})")
     parser.add_argument(
-        "--parts", default=",".join(PARTS), help=f"which, in this order (default: {','.join(PARTS)})"
+        "--minutes", type=float, default=8.0, metavar="N", help="for all of it (default: 8)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results of this copy"
+    )
+    parser.add_argument(
+        "--parts",
+        default=",".join(PARTS),
+        metavar="A,B,…",
+        help="which, in this order (default: %(default)s)",
     )
     parser.add_argument("--dry", action="store_true", help="at toy size, on a CPU")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # what a child is called with
@@ -478,10 +487,17 @@ def main() -> int:
     if not args.minutes > 0:
         parser.error(f"--minutes must be positive, got {args.minutes:g}")
     if not args.dry and not torch.cuda.is_available():
-        parser.error(f"torch {torch.__version__} finds no CUDA card; --dry runs at toy size on a CPU")
+        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        parser.error(
+            f"no CUDA card is found by torch {torch.__version__}, which is built {built}; "
+            "--dry runs at toy size on a CPU"
+        )
     here = about(args.dry)
     folder = args.out.absolute() / slug(here["card"])
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        prepare_out(folder)
+    except ValueError as error:
+        parser.error(str(error))
     own = ["--out", str(args.out.absolute()), *(["--dry"] if args.dry else [])]
     if args.part:
         run_part(args.part, args.seconds, args.dry, folder)

@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +34,25 @@ ROOT = Path(__file__).resolve().parent.parent
 SET = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "PYTHONPATH")  # what a user would not have set
 
 
-def check_out(commit: str, folder: Path) -> str:
-    """Puts the files of a commit into a folder; returns its full name."""
-    name = git("rev-parse", "--verify", f"{commit}^{{commit}}")
+def full_name(commit: str) -> str:
+    """Its hash.
+
+    Raises:
+        argparse.ArgumentTypeError: there is no such commit.
+    """
+    command = ["git", "rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if found.returncode:
+        raise argparse.ArgumentTypeError(f"no commit is called {commit!r} {found.stderr.strip()}".strip())
+    return found.stdout.strip()
+
+
+def check_out(commit: str, folder: Path) -> None:
+    """Puts the files of a commit into a folder."""
     packed = folder.with_suffix(".tar")
-    git("archive", "-o", str(packed), name)
+    subprocess.run(["git", "archive", "-o", packed, commit], cwd=ROOT, check=True)
     with tarfile.open(packed) as archive:
         archive.extractall(folder, filter="data")
-    return name
-
-
-def git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"git {arguments[0]}: {done.stderr.strip()}")
-    return done.stdout.strip()
 
 
 @contextmanager
@@ -87,8 +92,8 @@ def differing(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[str]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("old", help="a commit")
-    parser.add_argument("new", help="another")
+    parser.add_argument("old", type=full_name, metavar="OLD", help="the commit to compare with")
+    parser.add_argument("new", type=full_name, metavar="NEW", help="the commit in question, such as HEAD")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=1500, metavar="N", help="default: %(default)s")
     parser.add_argument("--busy", action="store_true", help="with a busy loop on each core")
@@ -104,8 +109,10 @@ def main() -> None:
     if args.threads is not None and args.threads < 1:
         parser.error(f"--threads must be 1 or more, got {args.threads}")
     if args.out is not None:
-        try:
-            prepare_out(args.out.parent)  # before an hour is spent
+        try:  # before an hour is spent
+            prepare_out(args.out.parent)
+            if args.out.is_dir():
+                raise ValueError(f"cannot write to {args.out}: it is a folder, and has to be a file")
         except ValueError as error:
             parser.error(str(error))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # subprocess.run ends what it started
@@ -114,18 +121,21 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as name, busy(cores if args.busy else 0):
         folder = Path(name)
-        commits = {which: check_out(getattr(args, which), folder / which) for which in seconds}
+        commits = {which: getattr(args, which) for which in seconds}
+        for which, commit in commits.items():
+            check_out(commit, folder / which)
         for turn in range(args.rounds):
             for which in commits:
                 took, found[which] = run(folder / which, args.steps, args.threads, folder / f"{which}-out")
                 seconds[which].append(round(took, 1))
                 print(f"round {turn + 1}, {which}: {took:.0f} s", flush=True)
     ratios = np.array(seconds["new"]) / np.array(seconds["old"])
-    print(f"new / old: {np.median(ratios):.3f} ({ratios.min():.3f} to {ratios.max():.3f})")
+    print(f"new / old: median {np.median(ratios):.3f}, from {ratios.min():.3f} to {ratios.max():.3f}")
     unlike = differing(found["old"], found["new"])
     print(f"figures that differ: {', '.join(unlike) or 'none'}")
     if args.out is not None:
         result = {
+            "date": date.today().isoformat(),
             "commits": commits,
             "rounds": args.rounds,
             "steps": args.steps,

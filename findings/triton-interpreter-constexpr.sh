@@ -34,8 +34,8 @@ print(triton.__version__, dict(zip(("tl.bfloat16", "module's dtype", "module's n
 PY
 python3 -m venv "$folder/venv"
 for version in 3.3.0 3.4.0 3.5.1 3.7.1; do
-  "$folder/venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-    torch==2.13.0 numpy==2.4.6 setuptools==80.9.0 "triton==$version" 2>/dev/null
+  "$folder/venv/bin/python" -m pip install -qq --disable-pip-version-check \
+    torch==2.13.0 numpy==2.4.6 setuptools==80.9.0 "triton==$version"
   TRITON_INTERPRET=1 "$folder/venv/bin/python" -W ignore "$folder/kernel.py" | tee -a "$folder/seen"
 done
 diff "$folder/seen" - <<'SEEN'

@@ -395,7 +395,7 @@ def run_reproduce(args: argparse.Namespace) -> int:
     if finished:
         _print_table(finished)
     if stopped is not None:
-        kept = f"{len(finished)} of {len(variants)} variants are in {args.out}"
+        kept = f"{len(finished)} of {len(variants)} variants finished, see {args.out}"
         print(f"\ninterrupted: {kept if finished else 'nothing to keep'}", file=sys.stderr)
         if isinstance(stopped, KeyboardInterrupt):
             return 130
@@ -795,7 +795,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = f"{parser.prog} {args.command}"
     try:
         if args.command in ("reproduce", "train") and (jitter := natural_number(JITTER)):
-            print(f"{command}: {JITTER} is {jitter}: weights start units of rounding away", file=sys.stderr)
+            print(
+                f"{command}: {JITTER} is {jitter}: initial weights are changed by a few units of rounding",
+                file=sys.stderr,
+            )
         code: int = args.run(args)
         return code
     except (ValueError, TypeError, OSError, FloatingPointError, Unavailable) as error:

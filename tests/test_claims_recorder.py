@@ -253,22 +253,22 @@ def test_the_margin_is_the_mean_slack_in_spreads() -> None:
     measured, exact = claims_of("notebooks/07_a.ipynb", lines(9.0, 10.0, 11.0))
     assert (measured.margin, measured.spread, measured.figure) == (10, 1, -7)
     assert exact.margin == math.inf
-    text, wrong = page(lines(9.0, 10.0, 11.0), expected=4)
+    text, wrong = page(lines(9.0, 10.0, 11.0), expected={"notebooks/07_a.ipynb": 4})
     assert wrong == []
     assert "| 10.0 | notebooks/07, cell 5, line 2 | `x < 3` | -7 | 10 ± 1 | 9 | 1 |\n" in text
     assert "- notebooks/07: 1 of 2\n" in text
-    assert "from 4 of 4 runs, 0.0 hours" in text
-    assert page(lines(9.0, 10.0, 11.0), expected=4)[0] == text
+    assert "from 4 of 4 runs, which add up to 0.0 hours" in text
+    assert page(lines(9.0, 10.0, 11.0), expected={"notebooks/07_a.ipynb": 4})[0] == text
 
 
 @pytest.mark.parametrize(
     ("made", "fault"),
     [
-        (lines(1.0, 3.0), "notebooks/07, cell 5, line 2: x < 3: 1.4 spreads"),
+        (lines(1.0, 3.0), "notebooks/07, cell 5, line 2: x < 3: a margin of 1.4"),
         (lines(1.0, -1.0), "notebooks/07, cell 5, line 2: x < 3: fails in 1 runs"),
         (lines(9.0, 9.5, seed=-1.0), "notebooks/07, cell 5, line 2: x < 3: fails in 1 runs"),
         (lines(9.0, -math.inf), "notebooks/07, cell 5, line 2: x < 3: fails in 1 runs"),
-        (lines(9.0), "1 of 3 runs are missing"),
+        (lines(9.0), "notebooks/07: 1 of 3 runs are missing"),
         (lines(9.0, 9.5, errors={"cell 3": "KeyError: 1"}), "notebooks/07, jitter 1: cell 3: KeyError: 1"),
         (
             lines(9.0, 9.5, differ=[4]),
@@ -277,7 +277,7 @@ def test_the_margin_is_the_mean_slack_in_spreads() -> None:
     ],
 )
 def test_what_is_wrong_is_named(made: list[dict[str, Any]], fault: str) -> None:
-    text, wrong = page(made, expected=3)
+    text, wrong = page(made, expected={"notebooks/07_a.ipynb": 3})
     assert fault in wrong
     assert f"- {fault}\n" in text
     assert ("| **" in text) == ("cell 5" in fault)
@@ -287,7 +287,11 @@ def test_the_worst_stand_on_top_and_a_loop_at_its_worst() -> None:
     every = lines(9.0, 10.0, 11.0)
     for line, slack in zip(every, (4.0, 5.0, 6.0, 1.0), strict=True):
         line["claims"]["cell 9, line 1: z < 3"] = [[True, 100 * slack, 1.0], [True, slack, 1.0]]
-    rows = [row for row in page(every, expected=4)[0].splitlines() if row.startswith("| ")][1:]
+    rows = [
+        row
+        for row in page(every, expected={"notebooks/07_a.ipynb": 4})[0].splitlines()
+        if row.startswith("| ")
+    ][1:]
     assert [row.split(" | ")[0] for row in rows] == ["| 5.0", "| 10.0"]
     assert isinstance(next(claims_of("a", every)), Claim)
 

@@ -150,7 +150,7 @@ def test_interrupted_reproduce_keeps_what_is_finished(
     results = json.loads((tmp_path / "results.json").read_text())
     assert [r["variant"] for r in results["runs"]] == ["tiger"]
     assert (tmp_path / "growth.png").exists()
-    assert "interrupted: 1 of 3 variants are in" in capsys.readouterr().err
+    assert "interrupted: 1 of 3 variants finished" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [ChildProcessError("a process died"), OSError("cannot write results")])
@@ -163,11 +163,11 @@ def test_reproduce_that_fails_says_why_and_keeps_what_is_finished(
     assert main([*argv, "--out", str(tmp_path)]) == 2
     printed = capsys.readouterr()
     assert "tiger" in printed.out
-    assert "interrupted: 1 of 2 variants are in" in printed.err
+    assert "interrupted: 1 of 2 variants finished" in printed.err
     assert printed.err.endswith(f"minisign reproduce: error: {error}\n")
     # Where results could not be written, pictures are not tried: their error would hide the first one.
     assert (tmp_path / "growth.png").exists() == isinstance(error, ChildProcessError)
-    assert "MINISIGN_JITTER is 5: weights start units of rounding away" in printed.err
+    assert "MINISIGN_JITTER is 5: initial weights are changed by a few units" in printed.err
     assert json.loads((tmp_path / "results.json").read_text())["config"]["jitter"] == 5
 
 
@@ -185,7 +185,7 @@ def test_ctrl_c_with_two_jobs_keeps_what_is_finished_and_ends_all_processes(
     err = interrupt(process)
     kept = json.loads((tmp_path / "results.json").read_text())["runs"]
     assert 1 <= len(kept) <= 2
-    assert f"interrupted: {len(kept)} of 3 variants are in" in err
+    assert f"interrupted: {len(kept)} of 3 variants finished" in err
     assert (tmp_path / "growth.png").exists()
 
 

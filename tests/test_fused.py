@@ -28,6 +28,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -681,10 +682,13 @@ def test_ptx_arithmetic(ptx: dict[Any, str], variant: Any) -> None:
     """Rounding to nearest; division and root rounded, not approximated; no multiply-add but the written.
 
     And subnormal numbers stay (no .ftz): a momentum without gradients keeps its sign, as on a CPU.
+    (But for division and root before Triton 3.6, which comes with torch 2.10: AdamW's, beside an ε.)
     """
     code, kinds, look = ptx[variant], variant[1], variant[4]
     assert ("cvt.rn.bf16" in code) == ("b" in kinds[0] + kinds[2] and not look)
-    assert not re.search(r"(add|sub|mul|fma|mad|div|sqrt)\S*\.ftz", code)
+    flushed = set(re.findall(r"(add|sub|mul|fma|mad|div|sqrt)\S*\.ftz", code))
+    is_old = tuple(map(int, version("triton").split(".")[:2])) < (3, 6)
+    assert flushed == ({"div", "sqrt"} if variant[0] == "adamw" and is_old else set())
     assert "div.full" not in code
     assert "div.approx" not in code
     assert "sqrt.approx" not in code

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import gpu
 
@@ -117,7 +118,8 @@ def test_what_a_part_says_of_itself(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "finds no CUDA card; --dry runs at toy size on a CPU"),
+        ([], f"no CUDA card is found by torch {torch.__version__}, which is built "),
+        (["--dry", "--out", "/dev/null/day"], "cannot write to /dev/null/day/"),
         (["--dry", "--parts", "kernels,speeed"], "unknown part 'speeed': choose from kernels,"),
         (["--dry", "--minutes", "0"], "--minutes must be positive, got 0"),
     ],

@@ -20,6 +20,8 @@ from pathlib import Path
 
 from outside import NBVAL, ROOT, report, run_pytest
 
+from minisign.files import one_line
+
 PAGE, ENVIRONMENTS = ROOT / "docs" / "versions.md", ROOT / "runs" / "versions"
 OLDEST = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())[1]  # type: ignore[index]
 NEWEST = ""  # whatever pip gives
@@ -48,8 +50,10 @@ def environment(python: str, torch: str) -> Path:
         subprocess.CalledProcessError: something could not be installed.
     """
     command = f"python{python}"
-    if shutil.which(command) is None or subprocess.run([command, "-c", ""], capture_output=True).returncode:
+    if (found := shutil.which(command)) is None:
         raise FileNotFoundError(f"there is no {command} on PATH")
+    if (tried := subprocess.run([found, "-c", ""], capture_output=True, text=True)).returncode:
+        raise FileNotFoundError(f"{found} does not run: {one_line(RuntimeError(tried.stderr))}")
     folder = ENVIRONMENTS / f"{python}-{torch or 'newest'}"
     interpreter, ready = folder / "bin" / "python", folder / ".ready"
     if ready.exists():
@@ -70,7 +74,7 @@ def row(interpreter: Path) -> tuple[list[str], list[str]]:
         ended = run_pytest(ROOT, ("-n", "auto", *arguments), python=str(interpreter))
         print(ended.stdout[-3000:], flush=True)
         cells.append(ended.stdout.strip().splitlines()[-1].partition(" in ")[0].strip("= "))
-        named = re.findall(r"^(?:FAILED|ERROR) (\S+)", ended.stdout, re.MULTILINE)
+        named = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", ended.stdout, re.MULTILINE)
         if ended.returncode and not named:
             named = [f"pytest {' '.join(arguments)}: ended with {ended.returncode}"]
         failed += named
@@ -79,11 +83,11 @@ def row(interpreter: Path) -> tuple[list[str], list[str]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--only", metavar="PYTHON", help="pairs with this Python; writes no page")
+    parser.add_argument("--only", metavar="PYTHON", help="under this Python alone; writes no page")
     arguments = parser.parse_args()
     chosen = [pair for pair in PAIRS if arguments.only in (None, pair[0])]
     if not chosen:
-        parser.error(f"no pair has Python {arguments.only}: {', '.join(sorted({p for p, _ in PAIRS}))}")
+        parser.error(f"no Python {arguments.only} here: choose from {', '.join({p: 0 for p, _ in PAIRS})}")
     rows, notes, wrong = [], [], False
     for python, torch in chosen:
         try:

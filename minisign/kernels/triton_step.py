@@ -250,6 +250,7 @@ def _step(line, i, g_i, mask, unscale, finite, rates, numbers, FORM: tl.constexp
         if FORM.kind == _ADAMW:
             v_pointer = _pointer(line, 3, FORM.m, FORM)
             v = _fma(g * numbers.square, g, _load(v_pointer, i, mask, MASKED) * numbers.beta2)
+            # Before Triton 3.6 these take subnormal numbers for zero; ε and p beside them are much larger.
             moved = p * decay + tl.div_rn(m * -step_size, tl.div_rn(tl.sqrt_rn(v), root) + numbers.eps)
             _store(v_pointer, i, _narrow(v, i, key, FORM.m, False), mask, MASKED)
         elif FORM.kind != _LION:

@@ -121,7 +121,8 @@ def _power_iteration(
 
 
 def _norm(tensors: list[Tensor]) -> float:
-    return float(torch.stack([n.double() for n in torch._foreach_norm(tensors)]).norm())
+    # Detached: zeros that autograd makes for an unused block ask for a gradient.
+    return float(torch.stack([n.detach().double() for n in torch._foreach_norm(tensors)]).norm())
 
 
 def gradient_weighted(norms: Mapping[str, float], curvature: Mapping[str, float]) -> float:
