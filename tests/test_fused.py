@@ -28,7 +28,6 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -576,6 +575,22 @@ def test_triton_on_a_cpu_needs_the_interpreter() -> None:
     assert "set TRITON_INTERPRET=1 before the first import, or take fused=True" in result.stderr
 
 
+def test_an_interpreter_that_stops_at_loops_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for triton, numpy, runs in (
+        ("3.6.0", "2.3.5", True),
+        ("3.6.0", "2.4.0", False),
+        ("3.7.1", "2.10.0", True),
+    ):
+        monkeypatch.setattr(kernels, "version", {"triton": triton, "numpy": numpy}.__getitem__)
+        if runs:
+            assert kernels.backend("triton", torch.device("cpu")) == "triton"
+        else:
+            with pytest.raises(
+                kernels.Unavailable, match=r"Triton 3\.6\.0 stops at loops under NumPy 2\.4\.0: pip"
+            ):
+                kernels.backend("triton", torch.device("cpu"))
+
+
 def test_a_group_without_a_back_end_is_not_added() -> None:
     optimizer = Lion([nn.Parameter(torch.ones(2))], fused=True)
     with pytest.raises(RuntimeError, match="no back end for parameters on 'meta'"):
@@ -687,8 +702,8 @@ def test_ptx_arithmetic(ptx: dict[Any, str], variant: Any) -> None:
     code, kinds, look = ptx[variant], variant[1], variant[4]
     assert ("cvt.rn.bf16" in code) == ("b" in kinds[0] + kinds[2] and not look)
     flushed = set(re.findall(r"(add|sub|mul|fma|mad|div|sqrt)\S*\.ftz", code))
-    is_old = tuple(map(int, version("triton").split(".")[:2])) < (3, 6)
-    assert flushed == ({"div", "sqrt"} if variant[0] == "adamw" and is_old else set())
+    flushes = variant[0] == "adamw" and kernels.release("triton") < (3, 6)
+    assert flushed == ({"div", "sqrt"} if flushes else set())
     assert "div.full" not in code
     assert "div.approx" not in code
     assert "sqrt.approx" not in code

@@ -26,6 +26,8 @@ PAGE, ENVIRONMENTS = ROOT / "docs" / "versions.md", ROOT / "runs" / "versions"
 OLDEST = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())[1]  # type: ignore[index]
 NEWEST = ""  # whatever pip gives
 PAIRS = (("3.10", OLDEST), ("3.11", OLDEST), ("3.11", NEWEST), ("3.13", NEWEST))  # Python and torch
+# The interpreter of its Triton stops at loops under NumPy 2.4 (findings/triton-interpreter-numpy.sh).
+BESIDE_OLDEST = ("numpy<2.4",)
 OPTIMIZERS = ("optim", "oracle", "torch_expectations", "fused", "release")
 CHECKS = {
     "quick tests": ("-m", "not slow", "tests"),
@@ -38,7 +40,9 @@ print(platform.python_version(), torch.__version__, *map(m.version, ("triton", "
 """
 TEXT = (
     "What pytest says of each, in an environment of its own with the newest of everything else that pip "
-    "found. `make test` runs with the versions of constraints.txt."
+    f"found, beside the oldest torch with {', '.join(BESIDE_OLDEST)}: Triton before 3.7 cannot interpret "
+    "loops under NumPy 2.4, which the tests and notebook 14 need (nothing else does). `make test` runs with "
+    "the versions of constraints.txt."
 )
 
 
@@ -61,7 +65,8 @@ def environment(python: str, torch: str) -> Path:
     pip = [str(interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([command, "-m", "venv", "--clear", str(folder)], check=True)
     subprocess.run([*pip, f"torch=={torch}.0" if torch.count(".") == 1 else "torch"], check=True)
-    subprocess.run([*pip, "-e", f"{ROOT}[notebooks,dev,hf]"], check=True)
+    beside = BESIDE_OLDEST if torch == OLDEST else ()
+    subprocess.run([*pip, "-e", f"{ROOT}[notebooks,dev,hf]", *beside], check=True)
     ready.touch()
     return interpreter
 

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -49,8 +50,18 @@ def backend(fused: bool | str, device: torch.device) -> str:
                 "fused='triton' on CPU tensors runs in Triton's interpreter only, for tests and lessons: "
                 "set TRITON_INTERPRET=1 before the first import, or take fused=True"
             )
+        if INTERPRETED and release("triton") < (3, 7) and release("numpy") >= (2, 4):
+            raise Unavailable(
+                f"the interpreter of Triton {version('triton')} stops at loops under NumPy "
+                f"{version('numpy')}: pip install 'numpy<2.4', or a PyTorch with Triton 3.7"
+            )
         return name
     raise Unavailable(f"fused={fused!r} has no back end for parameters on {device.type!r}")
+
+
+def release(package: str) -> tuple[int, ...]:
+    """The first two numbers of the version that is installed."""
+    return tuple(map(int, version(package).split(".")[:2]))
 
 
 def takes(p: Tensor, g: Tensor, buffers: Sequence[Tensor], by_rows: bool) -> bool:
