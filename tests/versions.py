@@ -41,8 +41,8 @@ print(platform.python_version(), torch.__version__, *map(m.version, ("triton", "
 TEXT = (
     "What pytest says of each, in an environment of its own with the newest of everything else that pip "
     f"found, beside the oldest torch with {', '.join(BESIDE_OLDEST)}: Triton before 3.7 cannot interpret "
-    "loops under NumPy 2.4, which the tests and notebook 14 need (nothing else does). `make test` runs with "
-    "the versions of constraints.txt."
+    "loops under NumPy 2.4, which the tests and notebook 14 need (nothing else does). `make test` runs "
+    "with the versions of constraints.txt."
 )
 
 
