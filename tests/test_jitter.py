@@ -72,6 +72,7 @@ def test_the_same_number_makes_the_same_weights_and_another_other_ones(
 def test_torchs_own_generator_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(JITTER, "3")
     before = torch.get_rng_state()
+    jittered(torch.ones(5))
     build_model(SMALL, 300)
     assert torch.equal(torch.get_rng_state(), before)
 
