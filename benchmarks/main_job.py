@@ -117,11 +117,11 @@ def main() -> None:
             parser.error(str(error))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # subprocess.run ends what it started
     cores = os.cpu_count() or 1
-    seconds: dict[str, list[float]] = {"old": [], "new": []}
+    commits = {"old": args.old, "new": args.new}
+    seconds: dict[str, list[float]] = {which: [] for which in commits}
     found: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as name, busy(cores if args.busy else 0):
         folder = Path(name)
-        commits = {which: getattr(args, which) for which in seconds}
         for which, commit in commits.items():
             check_out(commit, folder / which)
         for turn in range(args.rounds):

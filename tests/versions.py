@@ -20,8 +20,6 @@ from pathlib import Path
 
 from outside import NBVAL, ROOT, report, run_pytest
 
-from minisign.files import one_line
-
 PAGE, ENVIRONMENTS = ROOT / "docs" / "versions.md", ROOT / "runs" / "versions"
 OLDEST = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())[1]  # type: ignore[index]
 NEWEST = ""  # whatever pip gives
@@ -57,7 +55,7 @@ def environment(python: str, torch: str) -> Path:
     if (found := shutil.which(command)) is None:
         raise FileNotFoundError(f"there is no {command} on PATH")
     if (tried := subprocess.run([found, "-c", ""], capture_output=True, text=True)).returncode:
-        raise FileNotFoundError(f"{found} does not run: {one_line(RuntimeError(tried.stderr))}")
+        raise FileNotFoundError(f"{found} does not run: {' '.join(tried.stderr.split())}")
     folder = ENVIRONMENTS / f"{python}-{torch or 'newest'}"
     interpreter, ready = folder / "bin" / "python", folder / ".ready"
     if ready.exists():

@@ -11,9 +11,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import version
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +36,8 @@ def backend(fused: bool | str, device: torch.device) -> str:
         return name
     if name == "triton" and device.type in ("cpu", "cuda"):
         try:
+            import triton
+
             from minisign.kernels.triton_step import INTERPRETED
         except ImportError as error:
             raise Unavailable(
@@ -50,18 +53,18 @@ def backend(fused: bool | str, device: torch.device) -> str:
                 "fused='triton' on CPU tensors runs in Triton's interpreter only, for tests and lessons: "
                 "set TRITON_INTERPRET=1 before the first import, or take fused=True"
             )
-        if INTERPRETED and release("triton") < (3, 7) and release("numpy") >= (2, 4):
+        if INTERPRETED and release(triton) < (3, 7) and release(np) >= (2, 4):
             raise Unavailable(
-                f"the interpreter of Triton {version('triton')} stops at loops under NumPy "
-                f"{version('numpy')}: pip install 'numpy<2.4', or a PyTorch with Triton 3.7"
+                f"the interpreter of Triton {triton.__version__} stops at loops under NumPy "
+                f"{np.__version__}: pip install 'numpy<2.4', or a PyTorch with Triton 3.7"
             )
         return name
     raise Unavailable(f"fused={fused!r} has no back end for parameters on {device.type!r}")
 
 
-def release(package: str) -> tuple[int, ...]:
-    """The first two numbers of the version that is installed."""
-    return tuple(map(int, version(package).split(".")[:2]))
+def release(package: ModuleType) -> tuple[int, ...]:
+    """The first two numbers of its version."""
+    return tuple(map(int, package.__version__.split(".")[:2]))
 
 
 def takes(p: Tensor, g: Tensor, buffers: Sequence[Tensor], by_rows: bool) -> bool:
