@@ -11,6 +11,7 @@ before. The last two are kept: if the newer is damaged, the older is used.
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import json
 import logging
@@ -248,7 +249,16 @@ class _Unpickler(pickle.Unpickler):
             return dtype
         if module.split(".")[0] == "pathlib" and name.endswith("Path"):
             return pathlib.PurePath  # where it was written; not needed
+        if (module, name) == ("builtins", "getattr"):  # Python 3.11.0 to 3.11.3 write members of an enum so
+            return _member
         raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint")
+
+
+def _member(kind: Any, name: str) -> enum.Enum:
+    """Of an enum, and nothing else."""
+    if not (isinstance(kind, enum.EnumMeta) and name in kind.__members__):
+        raise pickle.UnpicklingError(f"{kind!r} has no member {name!r}")
+    return kind.__members__[name]
 
 
 def _digest(record: Mapping[str, Any]) -> str:

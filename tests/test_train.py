@@ -14,6 +14,7 @@ import pytest
 import torch
 from fuzzing import resealed
 from safetensors.torch import load_file, load_model
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from minisign import Hybrid
 from minisign.checkpoint import steps_of
@@ -404,18 +405,37 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
         Run.resume(tmp_path)
 
 
-def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ((exec, ("raise SystemExit('executed')",)), r"builtins\.exec is no part of a checkpoint"),
+        ((getattr, (torch.Size, "numel")), r"<class 'torch\.Size'> has no member 'numel'"),
+        ((getattr, (_MEM_FORMAT_ENCODING, "mro")), r"has no member 'mro'"),
+    ],
+)
+def test_a_checkpoint_cannot_run_code(call: Any, message: str, tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> Any:
-            return (exec, ("raise SystemExit('executed')",))
+            return call
 
     config = small()
     train(Run(config, load_tokens(config))).save(tmp_path)
     path = tmp_path / "checkpoints" / "00000012"
     (path / ".metadata").write_bytes(pickle.dumps(Evil()))
     resealed(path)
-    with pytest.raises(ValueError, match=r"builtins\.exec is no part of a checkpoint"):
+    with pytest.raises(ValueError, match=message):
         Run.resume(tmp_path)
+
+
+def test_a_checkpoint_of_python_3_11_2_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small()
+    run = train(Run(config, load_tokens(config)))
+    with monkeypatch.context() as older:  # there a member of an enum is written by its name
+        by_name = lambda member, protocol: (getattr, (type(member), member.name))  # noqa: E731
+        older.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", by_name)
+        run.save(tmp_path)
+    assert b"getattr" in (tmp_path / "checkpoints" / "00000012" / ".metadata").read_bytes()
+    assert same(weights(Run.resume(tmp_path)), weights(run))
 
 
 def test_a_changed_text_is_noticed(tmp_path: Path, text_file: Path) -> None:
