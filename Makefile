@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # A process for each core, with one thread: sums, and so the notebooks' last digits, do not depend on the cores.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
-EXECUTE := OMP_NUM_THREADS=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n auto
+EXECUTE := $(ONE_THREAD) $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
   --ExecutePreprocessor.record_timing=False
 BENCH_READY := $(VENV)/.bench-ready
 

@@ -31,7 +31,8 @@ from minisign.experiment import about
 from minisign.files import prepare_out, write_json, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
-SET = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "PYTHONPATH")  # what a user would not have set
+# What a user would not have set: these, and all that begins with MINISIGN_.
+SET = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "ATEN_CPU_CAPABILITY", "PYTHONPATH")
 
 
 def full_name(commit: str) -> str:
@@ -70,9 +71,13 @@ def busy(cores: int) -> Iterator[None]:
 
 def run(folder: Path, steps: int, threads: int | None, out: Path) -> tuple[float, list[dict[str, Any]]]:
     """Seconds that the command takes, and what it found."""
-    environment = {name: value for name, value in os.environ.items() if name not in SET}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in SET and not name.startswith("MINISIGN_")
+    }
     if threads is not None:
-        environment["OMP_NUM_THREADS"] = str(threads)
+        environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "minisign", "reproduce", "--steps", str(steps), "--out", str(out)]
     start = time.perf_counter()
     # -m looks in the working directory first: it is the commit's own package that runs.

@@ -28,7 +28,7 @@ def natural_number(variable: str) -> int:
         ValueError: anything else, or 2³² and more.
     """
     given = os.environ.get(variable, "0")
-    if not given.isdecimal() or int(given) >= 2**32:
+    if not given.isdecimal() or len(given) > 10 or int(given) >= 2**32:
         raise ValueError(f"{variable} must be a natural number below 2³², got {given!r}")
     return int(given)
 

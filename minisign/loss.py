@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 PART = 2**18  # entries that a core's cache holds beside what belongs to them
+NO_ID = torch.iinfo(torch.int64).min  # of what torch would leave out, which is -100 else
 PARTS = 8  # at most, so that a GPU has enough to do with each
 
 
@@ -40,7 +41,7 @@ class _CrossEntropy(torch.autograd.Function):
         own = logits.detach()
         torch.log_softmax(own, -1, out=own)
         ctx.save_for_backward(logits, targets)
-        return F.nll_loss(own, targets)
+        return F.nll_loss(own, targets, ignore_index=NO_ID)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -21,6 +21,9 @@ from typing import Any, TypeVar
 
 MEMORY = 0.8e9  # bytes; a process that trains the main job's model takes two thirds of it
 
+# Where torch has MKL, that has a variable of its own, which wins.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
 Result = TypeVar("Result")
 
 
@@ -57,6 +60,16 @@ def _read(path: str) -> str:
         return ""
 
 
+def check_jobs(jobs: Any) -> None:
+    """Raises:
+    TypeError, ValueError: a number of jobs that cannot be.
+    """
+    if isinstance(jobs, bool) or not isinstance(jobs, int):
+        raise TypeError(f"jobs must be a whole number, got {jobs!r}")
+    if jobs < 1:
+        raise ValueError(f"jobs must be 1 or more, got {jobs}")
+
+
 def side_by_side(
     work: Callable[..., Result],
     tasks: Mapping[str, tuple[Any, ...]],
@@ -74,11 +87,10 @@ def side_by_side(
         tasks: by name, the arguments.
 
     Raises:
-        ValueError: no jobs. ChildProcessError: a process died. Whatever ``work`` raises, after the results
-            that are there.
+        ValueError, TypeError: see :func:`check_jobs`. ChildProcessError: a process died. Whatever ``work``
+            raises, after the results that are there.
     """
-    if jobs < 1:
-        raise ValueError(f"jobs must be 1 or more, got {jobs}")
+    check_jobs(jobs)
     context = get_context("spawn")
     messages = context.SimpleQueue()  # whose messages are here when the result is
     lifeline, held = context.Pipe(duplex=False)
@@ -112,15 +124,15 @@ def side_by_side(
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """Processes started now read it when they load torch."""
-    name = "OMP_NUM_THREADS"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
+    before = {name: os.environ.get(name) for name in ONE_THREAD}
+    os.environ.update(ONE_THREAD)
     try:
         yield
     finally:
-        del os.environ[name]
-        if before is not None:
-            os.environ[name] = before
+        for name, value in before.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
 
 
 @contextmanager

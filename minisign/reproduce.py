@@ -25,7 +25,7 @@ from minisign.files import prepare_out, write_json, write_whole
 from minisign.gpt import GPT
 from minisign.jitter import JITTER, natural_number
 from minisign.probes import extremes, frequent_tokens, rare_tokens, row_rms, saturation
-from minisign.processes import side_by_side
+from minisign.processes import check_jobs, side_by_side
 from minisign.tokenizer import Tokens
 from minisign.train import (
     Config,
@@ -268,8 +268,7 @@ def reproduce(
     configs = {name: variant_config(base, name, form) for name in variants}
     if not configs:
         raise ValueError(f"no variants: choose from {', '.join(VARIANTS)}")
-    if jobs < 1:
-        raise ValueError(f"jobs must be 1 or more, got {jobs}")
+    check_jobs(jobs)
     tokens = load_tokens(base)
     if out is not None:
         prepare_out(out)

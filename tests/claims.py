@@ -8,7 +8,9 @@ An assertion says only true or false. Here its comparisons are given numbers, as
     MINISIGN_CLAIMS=RECORD PYTHONPATH=tests pytest -p claims -m trained FILE        the same of tests
 
 :class:`Rewriter` changes the assertions, :class:`Recorder` is what they call then. ``tests/robust.py`` has
-the runs made.
+the runs made. What is compared by ``==``, `pytest.approx` too, is true or false here as well, so how far a
+training may go is written ``abs(a - b) < …`` or ``allclose``. A comprehension within `all` or `any` is
+evaluated to its end.
 """
 
 from __future__ import annotations
@@ -139,7 +141,7 @@ class Recorder:
     ) -> Truth:
         """``allclose`` of NumPy or torch: what is left of the tolerance."""
         holds = call(a, b, rtol=rtol, atol=atol, **options)
-        x, y = (np.asarray(z.detach() if isinstance(z, torch.Tensor) else z, np.float64) for z in (a, b))
+        x, y = (np.asarray(_array(z), np.float64) for z in (a, b))
         slack = _or_worst(atol + rtol * np.abs(y) - np.abs(x - y))
         found = Recorder.over(Truth(slack >= 0, slack, np.broadcast_to(x, slack.shape)), of_all=True)
         return Truth(holds, found.slack, found.figure)
@@ -177,11 +179,18 @@ def _value(operand: Any) -> tuple[Any, bool]:
 
 def _numbers(x: Any) -> np.ndarray | None:
     """In double precision; None for what has no slack."""
-    if isinstance(x, torch.Tensor):
-        x = x.detach().cpu().numpy()
+    x = _array(x)
     if not isinstance(x, (int, float, np.generic, np.ndarray)) or np.asarray(x).dtype.kind not in "iuf":
         return None
     return np.asarray(x, np.float64)
+
+
+def _array(x: Any) -> Any:
+    """Of a tensor, whatever its type, an array."""
+    if not isinstance(x, torch.Tensor):
+        return x
+    x = x.detach().cpu()
+    return (x.double() if x.is_floating_point() else x).numpy()
 
 
 def _or_worst(slack: Any) -> np.ndarray:
@@ -306,6 +315,8 @@ def run_notebook(path: Path) -> dict[str, Any]:
         publisher.outputs.clear()
         with redirect_stdout(io.StringIO()) as printed:
             result = shell.run_cell(cell.source, store_history=True)
+        if isinstance(result.error_in_exec, KeyboardInterrupt):
+            raise result.error_in_exec
         if error := result.error_before_exec or result.error_in_exec:
             errors[recorder.place] = f"{type(error).__name__}: {error}"
         shown = [output["data"].get("text/plain", "") for output in publisher.outputs]

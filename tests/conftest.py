@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 # Tiny tensors: a second thread only waits. Set before torch is loaded, and for child processes.
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 # Triton reads it when a kernel's module is loaded: then kernels run on a CPU, in NumPy. With 0, on a GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 

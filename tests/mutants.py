@@ -561,8 +561,8 @@ MUTANTS = (
     Mutant(
         "two threads in a process",
         "minisign/processes.py",
-        'os.environ[name] = "1"',
-        'os.environ[name] = "2"',
+        '"MKL_NUM_THREADS": "1"',
+        '"MKL_NUM_THREADS": "2"',
         PROCESSES + "test_every_task_has_one_thread_and_its_messages_come_before_its_result",
     ),
     Mutant(

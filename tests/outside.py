@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minisign.experiment import about
+from minisign.processes import ONE_THREAD
 
 ROOT = Path(__file__).parent.parent
 NBVAL = ("--nbval-current-env", "--nbval-cell-timeout=900")  # and --nbval, or --nbval-lax
@@ -21,7 +22,7 @@ def run_pytest(
 
     Its ``returncode`` is 0 if all passed and 1 if some failed; what it printed is in ``stdout``.
     """
-    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), **environment}
+    settings = {**ONE_THREAD, "PYTHONPATH": str(root), **environment}
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     return subprocess.run(
         command,

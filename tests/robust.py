@@ -35,6 +35,7 @@ from outside import ROOT
 
 from minisign.experiment import about
 from minisign.files import write_whole
+from minisign.processes import ONE_THREAD
 
 LOG, PAGE = ROOT / "docs" / "robustness.jsonl", ROOT / "docs" / "robustness.md"
 JITTERS, ENOUGH, WIDE = 12, 3.0, 90
@@ -63,7 +64,7 @@ SETTINGS: dict[str, dict[str, str]] = {
     BASE: {},
     "default": {"ATEN_CPU_CAPABILITY": "default"},
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2"},
-    "2 threads": {"OMP_NUM_THREADS": "2"},
+    "2 threads": {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"},
     "seed 3": {"MINISIGN_SEED": "3"},
     "seed 7": {"MINISIGN_SEED": "7"},
     **{f"jitter {n}": {"MINISIGN_JITTER": str(n)} for n in range(5, JITTERS + 1)},
@@ -101,7 +102,7 @@ def run(path: Path, setting: str) -> Line:
     """One line of the log.
 
     Raises:
-        RuntimeError: the process ended without a record.
+        RuntimeError: the process did not come to its end.
     """
     here, name = about(), str(path.relative_to(ROOT))
     code, start = digest(path), time.perf_counter()
@@ -111,7 +112,7 @@ def run(path: Path, setting: str) -> Line:
         if path.suffix == ".py":
             command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "claims"]
             command += ["-m", "trained", name]
-        own = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "MPLCONFIGDIR": folder}
+        own = {**ONE_THREAD, "OMP_WAIT_POLICY": "PASSIVE", "MPLCONFIGDIR": folder}
         paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "MINISIGN_CLAIMS": str(record)}
         ended = subprocess.run(
             command,
@@ -121,11 +122,9 @@ def run(path: Path, setting: str) -> Line:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        if not record.is_file():
+        if not record.is_file() or ended.returncode not in (0, 1):  # 1: a test failed; it is in the record
             raise RuntimeError(f"{name}, {setting}: ended with {ended.returncode}\n{ended.stdout[-2000:]}")
         found = json.loads(record.read_text())
-        if ended.returncode not in (0, 1):  # 1: a test failed, which is in the record
-            found["errors"]["pytest"] = f"ended with {ended.returncode}"
     machine = here["machine"]
     return {
         "file": name,
@@ -138,13 +137,25 @@ def run(path: Path, setting: str) -> Line:
     }
 
 
+def _parsed(path: Path, number: int, text: str) -> Line:
+    try:
+        line: Line = json.loads(text)
+    except ValueError as error:
+        raise SystemExit(f"{path}, line {number} is no JSON: {error}") from None
+    return line
+
+
 class Log:
     """The runs that are made, by file and setting; those of files that have changed since are dropped."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.lock = path, Lock()
         now = {str(p.relative_to(ROOT)): digest(p) for p in files()}
-        lines = map(json.loads, path.read_text().splitlines()) if path.exists() else iter(())
+        lines = (
+            [_parsed(path, i, x) for i, x in enumerate(path.read_text().splitlines(), 1)]
+            if path.exists()
+            else []
+        )
         self.lines = {
             (line["file"], line["setting"]): line
             for line in lines
@@ -364,9 +375,15 @@ def main() -> int:
         )
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        for done in [pool.submit(make, task) for task in todo]:
-            if error := done.exception():
-                print(error, file=sys.stderr, flush=True)
+        tasks = [pool.submit(make, task) for task in todo]
+        try:
+            for task in tasks:
+                if error := task.exception():
+                    print(error, file=sys.stderr, flush=True)
+        except KeyboardInterrupt:  # which a terminal sends to the runs at hand, too
+            pool.shutdown(wait=False, cancel_futures=True)
+            print(f"interrupted: {LOG.name} has what was made", file=sys.stderr)
+            return 130
     wanted = {str(path.relative_to(ROOT)): len(settings_of(path)) for path in files()}
     text, wrong = page(log.ordered(), wanted)
     write_whole(PAGE, lambda path: path.write_text(text))

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minisign.loss import cross_entropy
+from minisign.probes.memory import PeakMemory
 
 SHAPES = [(1, 1), (7, 5), (500, 4096), (333, 3001)]  # the last two in several parts, and not of equal size
 
@@ -60,13 +61,21 @@ def test_rows_may_lie_in_any_order() -> None:
 
 
 def test_no_array_as_large_as_the_logits_is_made() -> None:
-    x, targets = example(512, 2048)
-    logits = x.clone()
-    place = logits.data_ptr()
-    grads: list[Tensor] = []
-    logits.register_hook(grads.append)
-    cross_entropy(logits, targets).backward()
-    assert grads[0].data_ptr() == place
+    x, targets = example(512, 8192)
+    nothing = torch.nn.Identity()
+    with PeakMemory(nothing, torch.optim.SGD([x])) as memory:
+        logits = x.clone()
+        before = memory.now
+        (grad,) = torch.autograd.grad(cross_entropy(logits, targets), logits)
+    assert grad.data_ptr() == logits.data_ptr()
+    assert memory.peak - before < logits.nbytes / 4
+    assert memory.peak == max(memory.history) > before  # it has seen what is made
+
+
+def test_an_id_that_is_no_row_is_an_error() -> None:
+    for wrong in (-100, -1, 5):  # torch leaves out -100, unless told otherwise
+        with pytest.raises(IndexError, match=f"Target {wrong} is out of bounds"):
+            cross_entropy(torch.randn(2, 5), torch.tensor([0, wrong]))
 
 
 def test_curvature_is_torchs() -> None:

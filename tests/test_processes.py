@@ -8,14 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from processes import wait_until
+from processes import HANG, wait_until
 
 from minisign import processes
 from minisign.processes import default_jobs, side_by_side
@@ -63,6 +63,15 @@ def test_the_tests_themselves_wait_so() -> None:
 
 # --- tasks side by side ---------------------------------------------------------------------------
 
+LONG = 2 * HANG  # seconds that a task sleeps which is to be ended before
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_waited_for_that_long() -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    assert time.monotonic() - start < HANG
+
 
 def state(number: int, tell: Callable[..., object]) -> dict[str, Any]:
     tell("began", number)
@@ -84,7 +93,7 @@ def sleep(seconds: float, tell: Callable[..., object]) -> float:
 def fail_or_sleep(message: str, tell: Callable[..., object]) -> None:
     if message:
         raise FloatingPointError(message)
-    time.sleep(1e6)
+    time.sleep(LONG)
 
 
 def fail_or_return(message: str, tell: Callable[..., object]) -> str:
@@ -109,6 +118,7 @@ def test_every_task_has_one_thread_and_its_messages_come_before_its_result(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setenv("MKL_NUM_THREADS", "2")
     heard: list[tuple[Any, ...]] = []
     found = {}
     for name, result in side_by_side(
@@ -122,18 +132,18 @@ def test_every_task_has_one_thread_and_its_messages_come_before_its_result(
     assert {result["sees Ctrl-C"] for result in found.values()} == {False}  # from its first moment on
     assert os.getpid() not in {result["process"] for result in found.values()}
     assert len({result["process"] for result in found.values()}) <= 2
-    assert os.environ["OMP_NUM_THREADS"] == "2"
+    assert os.environ["OMP_NUM_THREADS"] == os.environ["MKL_NUM_THREADS"] == "2"
 
 
 def test_what_is_done_first_comes_first() -> None:
-    tasks = {"long": (1e6,), "short": (0.0,)}
+    tasks = {"long": (LONG,), "short": (0.0,)}
     with closing(side_by_side(sleep, tasks, 2)) as coming:
         assert next(coming) == ("short", 0.0)
 
 
 def test_closed_early_all_processes_end_at_once() -> None:
     running: list[int] = []
-    tasks = {"long": (1e6,), "short": (0.0,), "never begun": (1e6,)}
+    tasks = {"long": (LONG,), "short": (0.0,), "never begun": (LONG,)}
     with closing(side_by_side(sleep, tasks, 2, lambda name, process: running.append(process))) as coming:
         next(coming)
     assert running
@@ -156,6 +166,9 @@ def test_results_that_are_there_come_before_an_error(monkeypatch: pytest.MonkeyP
 def test_no_jobs_are_an_error_and_more_than_there_are_tasks_are_not() -> None:
     with pytest.raises(ValueError, match="jobs must be 1 or more, got 0"):
         next(side_by_side(sleep, {"a": (0.0,)}, 0))
+    for jobs in ("2", 1.5, True, None):
+        with pytest.raises(TypeError, match=f"jobs must be a whole number, got {jobs!r}"):
+            next(side_by_side(sleep, {"a": (0.0,)}, jobs))  # type: ignore[arg-type]
     assert list(side_by_side(sleep, {"a": (0.0,)}, 2**31)) == [("a", 0.0)]
 
 

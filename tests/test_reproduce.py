@@ -53,6 +53,7 @@ def test_the_number_of_jobs_changes_no_bit(tmp_path: Path) -> None:
     assert heard[1] == heard[2]
     assert [[step for step, _ in told] for told in heard[2].values()] == [[0, 10, 20]] * 3
     assert results(tmp_path / "1") == results(tmp_path / "2")  # with the check sums of all weights
+    assert results(tmp_path / "2")["config"]["threads"] == torch.get_num_threads() == 1
     for name in ("distribution.png", "growth.png", "rows.png"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
 

@@ -138,7 +138,7 @@ def test_training_learns_and_measures() -> None:
     config = small(steps=320, decay=0.5)
     run = Run(config, load_tokens(config))
     before = validation_loss(run)
-    assert before == pytest.approx(math.log(run.tokens.vocab_size), abs=0.1)
+    assert abs(before - math.log(run.tokens.vocab_size)) < 0.1
     seen: list[int] = []
     train(run, lambda r: seen.append(r.step), every=50)
     assert seen == [50, 100, 150, 200, 250, 300, 320]
@@ -175,7 +175,7 @@ def test_fused_and_released_training_ends_where_the_plain_one_does(options: dict
     found = train(Run(config, tokens)).model
     plain = train(Run(dataclasses.replace(config, fused=False, release_grads=False), tokens)).model
     for a, b in zip(found.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_what_does_not_go_with_fused_and_release_grads() -> None:
