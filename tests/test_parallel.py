@@ -162,6 +162,8 @@ def test_two_processes_with_half_the_batch_are_one(name: str, engine: str, two: 
     folder = two / engine / name
     if name == "sgd":
         assert different(run, folder, 1e-6) == 0
+    elif name == "centered":  # the gradient of an absent token is what rounding leaves of a difference
+        assert different(run, folder) < 2e-3
     else:
         assert different(run, folder) < 1e-3
     start = alone(name)
