@@ -375,9 +375,8 @@ def main() -> int:
         )
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        tasks = [pool.submit(make, task) for task in todo]
         try:
-            for task in tasks:
+            for task in [pool.submit(make, task) for task in todo]:
                 if error := task.exception():
                     print(error, file=sys.stderr, flush=True)
         except KeyboardInterrupt:  # which a terminal sends to the runs at hand, too

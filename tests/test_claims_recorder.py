@@ -9,6 +9,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from claims import NAME, Recorder, Rewriter, rewritten
 from nbformat import write
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from outside import ROOT
+from processes import HANG
 from robust import SETTINGS, Claim, Log, claims_of, digest, files, page, settings_of
 
 from minisign.experiment import in_band
@@ -375,16 +378,25 @@ def test_ctrl_c_ends_a_notebook_and_leaves_no_record(tmp_path: Path) -> None:
 def test_ctrl_c_ends_all_and_keeps_what_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = []
+    made: list[Path] = []
+    cancelled = threading.Event()
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+            super().shutdown(wait=False, cancel_futures=cancel_futures)
+            cancelled.set()
+            super().shutdown(wait=wait)
 
     def run(path: Path, setting: str) -> dict[str, Any]:
         if made:
             os.kill(os.getpid(), signal.SIGINT)
+            assert cancelled.wait(HANG)
             raise RuntimeError("it was ended by the same signal")
         made.append(path)
         nothing: dict[str, Any] = {"claims": {}, "errors": {}, "differ": [], "seconds": 1}
         return {"file": str(path.relative_to(ROOT)), "code": digest(path), "setting": setting, **nothing}
 
+    monkeypatch.setattr(robust, "ThreadPoolExecutor", Pool)
     monkeypatch.setattr(robust, "run", run)
     monkeypatch.setattr(robust, "LOG", tmp_path / "log.jsonl")
     monkeypatch.setattr(robust, "PAGE", tmp_path / "page.md")

@@ -12,6 +12,7 @@ import pytest
 from once import Once
 from outside import ROOT, run_pytest
 
+WITHOUT = ("-p", "no:nbval", "-p", "no:hypothesispytest")  # which take long to load
 spec = importlib.util.spec_from_file_location("workers", ROOT / "conftest.py")
 assert spec is not None
 assert spec.loader is not None
@@ -34,7 +35,7 @@ def test_a_worker_takes_the_longest_first(tmp_path: Path) -> None:
         (tmp_path / file).write_text("def test_b(): pass\ndef test_a(): pass\n")
 
     def ran(*arguments: str) -> list[str]:
-        done = run_pytest(tmp_path, ["-vv", "-n", "1", *arguments])
+        done = run_pytest(tmp_path, ["-vv", "-n", "1", *WITHOUT, *arguments])
         assert done.returncode == 0, done.stdout
         return re.findall(r"PASSED tests/test_(\S+)", done.stdout)
 
