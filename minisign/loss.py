@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 PART = 2**18  # entries that a core's cache holds beside what belongs to them
-NO_ID = torch.iinfo(torch.int64).min  # of what torch would leave out, which is -100 else
 PARTS = 8  # at most, so that a GPU has enough to do with each
+NO_ID = torch.iinfo(torch.int64).min  # for torch, which otherwise leaves out targets of -100
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ SETTINGS: dict[str, dict[str, str]] = {
     BASE: {},
     "default": {"ATEN_CPU_CAPABILITY": "default"},
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2"},
-    "2 threads": {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"},
+    "2 threads": dict.fromkeys(ONE_THREAD, "2"),
     "seed 3": {"MINISIGN_SEED": "3"},
     "seed 7": {"MINISIGN_SEED": "7"},
     **{f"jitter {n}": {"MINISIGN_JITTER": str(n)} for n in range(5, JITTERS + 1)},
@@ -151,11 +151,8 @@ class Log:
     def __init__(self, path: Path) -> None:
         self.path, self.lock = path, Lock()
         now = {str(p.relative_to(ROOT)): digest(p) for p in files()}
-        lines = (
-            [_parsed(path, i, x) for i, x in enumerate(path.read_text().splitlines(), 1)]
-            if path.exists()
-            else []
-        )
+        text = path.read_text() if path.exists() else ""
+        lines = [_parsed(path, number, line) for number, line in enumerate(text.splitlines(), 1)]
         self.lines = {
             (line["file"], line["setting"]): line
             for line in lines

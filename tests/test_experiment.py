@@ -18,6 +18,7 @@ from processes import HANG, wait_until
 
 from minisign import processes
 from minisign.experiment import Figures, Job, band, figures, in_band, main, read_log, saturated
+from minisign.processes import ONE_THREAD
 from minisign.reproduce import VARIANTS, lesson_config, settled_config, variant_config
 from minisign.train import Config
 
@@ -163,8 +164,8 @@ def test_a_script_runs_in_processes_of_one_thread_each(tmp_path: Path) -> None:
         "if __name__ == '__main__':\n"
         "    main(__file__, [Job('toy', Config(steps=1))], measure)\n"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    process = subprocess.Popen([sys.executable, script], env=environment)
+    two_threads = {**os.environ, **dict.fromkeys(ONE_THREAD, "2")}
+    process = subprocess.Popen([sys.executable, script], env=two_threads)
     assert process.wait(HANG) == 0
     (line,) = lines(tmp_path / "logs" / "toy.jsonl")
     assert line["figures"] == {"threads": 1, "process": line["figures"]["process"], "λ": 0.01}
