@@ -14,16 +14,19 @@ if "torch" not in sys.modules:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from minisign.optim import (
+    SGD,
     AdamW,
     Hybrid,
     Lion,
     Signum,
     Tiger,
+    optimizer,
     param_groups,
+    rms,
     track_rows,
 )
 from minisign.watch import EmbeddingWatch
 
 __version__ = "0.1.0"
 
-__all__ = ["AdamW", "EmbeddingWatch", "Hybrid", "Lion", "Signum", "Tiger", "param_groups", "track_rows"]
+__all__ = ["AdamW", "EmbeddingWatch", "Hybrid", "Lion", "SGD", "Signum", "Tiger", "optimizer", "param_groups", "rms", "track_rows"]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from minisign.files import one_line
 from minisign.jitter import JITTER, natural_number
-from minisign.kernels.rule import Unavailable
+from minisign.kernels.table import Unavailable
 
 if TYPE_CHECKING:
     import torch

@@ -27,8 +27,8 @@ from minisign.gpt import GPT, GPTConfig
 from minisign.jitter import jittered
 from minisign.loss import cross_entropy
 from minisign.optim import AdamW, Hybrid, Lion, Signum, Tiger, param_groups, track_rows
-from minisign.optim.base import check_number
-from minisign.optim.shards import like_rows, whole
+from minisign.engine.checks import check_number
+from minisign.engine.shards import like_rows, whole
 from minisign.parallel import ALONE, World
 from minisign.probes import token_losses
 from minisign.tokenizer import Tokens, read_text, tokenize, train_encoding

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from minisign import theory
 from minisign.files import prepare_out
 from minisign.optim.groups import EMBEDDINGS
-from minisign.optim.shards import add_up, is_sharded, local
+from minisign.engine.shards import add_up, is_sharded, local
 from minisign.probes.saturation import NEAR, saturated_rows
 from minisign.probes.updates import update_kind
 

@@ -39,7 +39,7 @@ from torch import nn
 from minisign import AdamW, Lion, Signum, Tiger, kernels, track_rows
 from minisign.kernels import cpu
 from minisign.kernels.rule import FMA_ON_CPU, LION, Item, Launch, Rule
-from minisign.optim.rows import recorded_rows
+from minisign.engine.rows import recorded_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 50

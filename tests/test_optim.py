@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
 from minisign import AdamW, Hybrid, Lion, Signum, Tiger, param_groups, track_rows
-from minisign.optim.rows import _LOOKED_UP
+from minisign.engine.rows import _LOOKED_UP
 
 ALL = [Signum, Lion, Tiger, AdamW]
 every = pytest.mark.parametrize("cls", ALL)

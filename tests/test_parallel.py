@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from minisign import EmbeddingWatch, Tiger, track_rows
 from minisign.checkpoint import newest, steps_of
 from minisign.corpus import CorpusConfig, generate
-from minisign.optim.shards import check_rows, first_row, local
+from minisign.engine.shards import check_rows, first_row, local
 from minisign.parallel import ALONE, World, joined
 from minisign.processes import ONE_THREAD
 from minisign.train import MODEL, Config, Run, load_tokens, train

@@ -1,0 +1,1 @@
+"""How a rule of ``minisign.optim`` is carried out: groups and state, lists, rows, pieces, narrow types, halves."""

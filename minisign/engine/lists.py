@@ -1,0 +1,90 @@
+"""A list of tensors that acts as one: torch's multi-tensor operations under the names of a tensor's methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minisign.engine.words import rms
+
+
+class Tensors:
+    """Tensors of one dtype and device; what is done to it is done to each.
+
+    Beside what a tensor's methods take, a factor (``alpha``, ``value``) may be a tensor, as the rate is in a
+    CUDA graph, or one for each.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], is_fixed: bool = False) -> None:
+        """``is_fixed``: what would change them in place does nothing."""
+        self.tensors, self.is_fixed = list(tensors), is_fixed
+
+    def fixed(self) -> Tensors:
+        return Tensors(self.tensors, is_fixed=True)
+
+    def rms(self, over: str) -> Tensors:
+        return Tensors([rms(x, over) for x in self.tensors])
+
+    def __getattr__(self, name: str) -> Callable[..., Tensors]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return partial(self._do, name)
+
+    def _do(self, name: str, *arguments: Any, **factors: Any) -> Tensors:
+        in_place = name.endswith("_")
+        if in_place and self.is_fixed:
+            return self
+        for factor in factors.values():
+            if isinstance(factor, (Tensor, Tensors)):
+                done = self._with_factor(name.strip("_"), factor, *arguments)
+                return self._become(done.tensors) if in_place else done
+        together = getattr(torch, f"_foreach_{name}", None)
+        if together is None or torch.is_grad_enabled():  # torch has no such word for lists, or no gradient
+            done = self._each(lambda x, *own: getattr(x, name)(*own, **factors), self, *arguments)
+            return self if in_place else done
+        done = together(self.tensors, *(x.tensors if isinstance(x, Tensors) else x for x in arguments), **factors)
+        return self if in_place else Tensors(done)
+
+    def _with_factor(self, word: str, factor: Any, y: Any, *z: Any) -> Tensors:
+        """x + αy, x − αy, x + αyz, x + αy/z."""
+        change = y if not z else y * z[0] if word == "addcmul" else y / z[0]
+        return self - change * factor if word == "sub" else self + change * factor
+
+    def _become(self, values: Sequence[Tensor]) -> Tensors:
+        for x, value in zip(self.tensors, values, strict=True):
+            x.copy_(value)
+        return self
+
+    @staticmethod
+    def _each(function: Callable[..., Tensor], *arguments: Any) -> Tensors:
+        """``function`` of the first, second, … of each list."""
+        count = next(len(x.tensors) for x in arguments if isinstance(x, Tensors))
+        columns = [x.tensors if isinstance(x, Tensors) else [x] * count for x in arguments]
+        return Tensors([function(*own) for own in zip(*columns, strict=True)])
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Tensors:
+        return cls._each(partial(function, **(options or {})), *arguments)
+
+    def __bool__(self) -> bool:
+        raise TypeError("a rule depends on a tensor's values; it may choose by torch.where, not by `if`")
+
+
+def _signs() -> None:
+    """Python's signs."""
+    for name, word in {"add": "add", "sub": "sub", "mul": "mul", "truediv": "div", "pow": "pow"}.items():
+        setattr(Tensors, f"__{name}__", lambda a, b, w=word: a._do(w, b))
+        setattr(Tensors, f"__i{name}__", lambda a, b, w=word: a._do(f"{w}_", b))
+    for name in ("radd", "rsub", "rmul", "rtruediv", "rpow", "lt", "le", "gt", "ge", "eq", "ne", "and", "or"):
+        sign = f"__{name}__"
+        setattr(Tensors, sign, lambda a, b, s=sign: a._each(lambda x, y: getattr(x, s)(y), a, b))
+    for name in ("neg", "abs", "invert"):
+        sign = f"__{name}__"
+        setattr(Tensors, sign, lambda a, s=sign: a._each(lambda x: getattr(x, s)(), a))
+
+
+_signs()

@@ -1,0 +1,112 @@
+"""Gradients that go into a momentum within ``backward``, and are freed before the next one is made.
+
+Then parameters, momentum and one gradient are alive, and no more. What ``p.register_hook`` does to a gradient,
+each tensor by itself, comes before; what sees all gradients at once (clipping by a norm of all, the mean over
+processes of ``DistributedDataParallel``, a GradScaler) comes too late.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from minisign.engine import fused, roads
+from minisign.engine.halves import move, take
+
+if TYPE_CHECKING:
+    from minisign.engine.optimizer import Group, Optimizer
+
+
+def hook(optimizer: Optimizer, number: int) -> None:
+    """Has autograd hand over the gradients of a group as soon as they are there."""
+    group, hooked = optimizer.param_groups[number], optimizer.cache("hooked")
+    # Not the optimizer itself: a model that outlives it must keep its gradients.
+    this = weakref.ref(optimizer)
+
+    def take_in(p: Tensor) -> None:
+        found = this()
+        if found is not None and (own := found.param_groups[number])["release_grads"]:
+            with torch.no_grad():
+                _take_in(found, p, own)
+
+    for p in group["params"]:
+        if group["release_grads"] and p.requires_grad and p not in hooked:
+            hooked[p] = p.register_post_accumulate_grad_hook(take_in)
+
+
+def step(optimizer: Optimizer, group: Group) -> None:
+    """What is left for a step: θ moves by m, or shrinks."""
+    for p in group["params"]:
+        _take_in(optimizer, p, group)  # a gradient that did not come by way of backward
+    cache, last, guard = optimizer.cache("bad"), optimizer.is_last(group), optimizer.guard(group)
+    flags = {p: cache.pop(p, []) for p in group["params"]}
+    moving = []
+    for p, bad in zip(flags, _any_of_each(list(flags.values())), strict=True):
+        if bad and guard is not None:
+            p.copy_(guard.shrunk(p.to(torch.promote_types(p.dtype, torch.float32))))
+        elif last and optimizer.state.get(p, {}).get("taken"):
+            moving.append(p)
+        if last and p in optimizer.state:
+            optimizer.state[p]["taken"] = 0
+    if group["fused"]:
+        moving = fused.move_all(optimizer, moving, group)
+    for p in moving:
+        # p in place of a gradient that is gone, and not read
+        work = optimizer.work(p, p.detach(), {**group, "accumulate": 1}, optimizer.numbers(group))
+        roads.one(work._replace(rule=move(work.rule), guard=None))
+
+
+def _take_in(optimizer: Optimizer, p: Tensor, group: Group) -> None:
+    """m takes the gradient of ``p``, which is freed."""
+    g, p.grad = p.grad, None
+    if g is None:
+        return
+    if g.layout != torch.strided:
+        p.grad = g
+        raise RuntimeError(
+            f"release_grads=True takes dense gradients, got layout {g.layout} for a parameter of shape "
+            f'{tuple(p.shape)}; give its group "release_grads": False'
+        )
+    state = optimizer.state_of(p, group)
+    keep, weight = optimizer.keep_and_weight(group)
+    keep = 1.0 if state.get("taken") else keep
+    state["taken"] = state.get("taken", 0) + 1
+    (m,) = (state[name] for name in optimizer.buffers)
+    bad = take_and_free(m, -g if group["maximize"] else g, keep, weight, group["shrink"] is not None)
+    # θ shrinks in step(): here it may still be in use.
+    optimizer.cache("bad").setdefault(p, []).append(bad)
+
+
+def take_and_free(m: Tensor, g: Tensor, keep: float, weight: float, check: bool) -> bool | Tensor:
+    """m ← keep m + weight g, after which ``g`` may hold anything; m stays where ``g`` is not finite.
+
+    Returns whether it was not, where ``check`` asks for that; on a GPU a 0-dim tensor, since to look
+    would be to wait.
+    """
+    wide = torch.promote_types(torch.promote_types(m.dtype, g.dtype), torch.float32)
+    target, g = m.to(wide), g.to(wide)
+    bad: bool | Tensor = False
+    if check and g.is_cpu:
+        bad = not roads.all_finite(g, target)
+    if check and not g.is_cpu and g.numel():
+        least, most = torch.aminmax(g)  # NaN is both; and no mask of g's size is made
+        finite = torch.isfinite(least) & torch.isfinite(most)
+        bad = ~finite
+        target.mul_(torch.where(finite, keep, 1.0).to(wide))
+        target.add_(g.nan_to_num_(0.0, 0.0, 0.0).mul_(torch.where(finite, weight, 0.0).to(wide)))
+    elif not bad:
+        take(None, g, target, keep=keep, weight=weight)
+    if target is not m:
+        m.copy_(target)
+    return bad
+
+
+def _any_of_each(flags: list[list[bool | Tensor]]) -> list[bool]:
+    """Whether there is one true in each list; waits for a device once."""
+    tensors = [flag for found in flags for flag in found if isinstance(flag, Tensor)]
+    seen = iter(torch.stack(tensors).tolist() if tensors else [])
+    known = [[next(seen) if isinstance(flag, Tensor) else flag for flag in found] for found in flags]
+    return [any(found) for found in known]

@@ -1,0 +1,216 @@
+// What all made steps share. A made file has a struct Rule and one line that calls run<Rule>:
+//
+//   Rule::move      the rule, on entries that lie one after another
+//   Rule::P, G, B   types of entries: of the parameter, its gradient and its buffers
+//
+// Arithmetic is float32, widened from what is narrower and rounded once at the end.
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#ifdef NARROW
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+#endif
+
+namespace {
+
+enum Size { NO, OF_TENSOR, OF_ROW };    // whose RMS a rule asks for
+constexpr int64_t PART = 1 << 15;       // entries that are worth a thread
+
+// What all tensors of a call share; mirrored in cpu.py.
+struct Shared {
+  const double* d;  // the rule's numbers, and what is computed from them
+  float unscale, shrink, center;
+  int32_t threads;
+};
+
+// One tensor; mirrored by Item.columns in table.py.
+template <class P, class G, class B, int BUFFERS, int OWN>
+struct TensorOf {
+  P* p;
+  const G* g;
+  B* b[BUFFERS];
+  float* step;          // counts steps, or null
+  int64_t size;         // entries
+  int64_t noise;        // from which its roundings at random follow
+  int64_t width;        // of a row; 0: not by rows
+  int64_t count;        // of rows
+  const int64_t* rows;  // which; null: all
+  double known;         // its RMS, if it is not to be looked for; else NaN
+  double own[OWN];      // the rule's numbers that are its own
+};
+
+// --- words -----------------------------------------------------------------------------------------
+
+inline float fma(float a, float b, float c) {
+#ifdef NO_FMA
+  return a * b + c;
+#else
+  return std::fma(a, b, c);
+#endif
+}
+// From the nearer end, as torch does.
+inline float lerp(float a, float b, float w) {
+  const bool near = std::fabs(w) < 0.5f;
+  return fma(near ? w : w - 1.0f, b - a, near ? a : b);
+}
+inline float sign_of(float x) { return float(x > 0) - float(x < 0); }  // 0 of 0 and of NaN
+inline float sqrt_of(float x) { return std::sqrt(x); }
+inline float divided(float a, float b) { return a / b; }
+inline float inverse_of(float x) { return 1 / x; }
+inline float abs_of(float x) { return std::fabs(x); }
+inline float tanh_of(float x) { return std::tanh(x); }
+inline float exp_of(float x) { return std::exp(x); }
+inline float log_of(float x) { return std::log(x); }
+inline float larger_of(float a, float b) { return a != a || a > b ? a : b; }  // NaN stays NaN
+inline float smaller_of(float a, float b) { return a != a || a < b ? a : b; }
+inline float chosen(bool c, float a, float b) { return c ? a : b; }
+inline float float_of(bool x) { return float(x); }
+inline bool not_of(bool x) { return !x; }
+inline float float_of(double x) { return float(x); }
+inline double divided(double a, double b) { return a / b; }
+inline double inverse_of(double x) { return 1 / x; }
+inline double sqrt_of(double x) { return std::sqrt(x); }
+inline double power_of(double a, double b) { return std::pow(a, b); }
+
+// --- rounding at random: minisign/engine/rounding.py says how ----------------------------------------
+
+inline uint32_t mix(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x85ebca6bu;
+  x = (x ^ (x >> 13)) * 0xc2b2ae35u;
+  return x ^ (x >> 16);
+}
+
+template <bool ROUNDED, class T>
+inline void store(T* target, float x, int64_t i, uint32_t key) {
+  if constexpr (ROUNDED && sizeof(T) == 2) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    const uint32_t noise = mix(uint32_t(i) * 0x9e3779b1u + uint32_t(uint64_t(i) >> 32) * 0x85ebca77u + key) >> 16;
+    const uint16_t rounded = x != x ? 0x7fc0 : uint16_t((bits + noise) >> 16);
+    std::memcpy(target, &rounded, sizeof rounded);
+  } else {
+    *target = T(x);
+  }
+}
+
+// --- looks: what must be known of a tensor before one entry of it moves ------------------------------
+
+template <class T>
+double sum_of_squares(const T* x, int64_t n) {
+  double lanes[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    for (int j = 0; j < 8; j++) lanes[j] += double(float(x[i + j])) * double(float(x[i + j]));
+  for (; i < n; i++) lanes[0] += double(float(x[i])) * double(float(x[i]));
+  double sum = 0;
+  for (double lane : lanes) sum += lane;
+  return sum;
+}
+
+inline float rms(double squares, int64_t count) {
+  const float size = float(std::sqrt(squares / double(std::max<int64_t>(count, 1))));
+  return size == 0 ? 1.0f : size;
+}
+
+// Four places at once: a core reads several streams faster than one.
+template <class T>
+bool some_not_finite(const T* x, int64_t n) {
+  const int64_t quarter = n / 4;
+  int bad = 0;
+  for (int64_t i = 0; i < quarter; i++)
+    for (int64_t k = 0; k < 4; k++) bad |= !(std::fabs(float(x[k * quarter + i])) <= FLT_MAX);
+  for (int64_t i = 4 * quarter; i < n; i++) bad |= !(std::fabs(float(x[i])) <= FLT_MAX);
+  return bad;
+}
+
+// --- one tensor --------------------------------------------------------------------------------------
+
+template <class Rule>
+struct Step {
+  const Shared& s;
+  const typename Rule::Tensor& t;
+  double step;
+  uint32_t key;
+
+  template <class Body>  // body(number, first, how many) for each part of `size`
+  void in_parts(int64_t size, int64_t part, Body body) const {
+    const int64_t parts = (size + part - 1) / part;
+#pragma omp parallel for num_threads(s.threads) if (s.threads > 1 && parts > 1)
+    for (int64_t i = 0; i < parts; i++) body(i, i * part, std::min(part, size - i * part));
+  }
+
+  void span(bool finite, float size, int64_t start, int64_t g_start, int64_t n) const {
+    if (finite) return Rule::move(t, s, start, g_start, n, step, size, key);
+    for (int64_t i = start; i < start + n; i++)
+      store<Rule::rounded>(t.p + i, (float(t.p[i]) - s.center) * s.shrink + s.center, i, key);
+  }
+
+  void whole() const {
+    const int64_t parts = (t.size + PART - 1) / PART;
+    int bad = 0;
+    float size = float(t.known);
+    if (Rule::guard) {
+      std::vector<char> found(parts);
+      in_parts(t.size, PART, [&](int64_t i, int64_t start, int64_t n) { found[i] = some_not_finite(t.g + start, n); });
+      for (char x : found) bad |= x;
+    }
+    if (Rule::size == OF_TENSOR && size != size && !bad) {
+      std::vector<double> found(parts);  // added up in order, whoever finds them
+      in_parts(t.size, PART, [&](int64_t i, int64_t start, int64_t n) { found[i] = sum_of_squares(t.p + start, n); });
+      double squares = 0;
+      for (double x : found) squares += x;
+      size = rms(squares, t.size);
+    }
+    in_parts(t.size, PART, [&](int64_t, int64_t start, int64_t n) { span(!bad, size, start, start, n); });
+  }
+
+  // Reads a byte here and there. Rows lie on pages of their own, and a page that was not used lately is slow to
+  // find: with eight rows at a time the processor looks for several at once.
+  template <class T>
+  void visit(const T* row) const {
+    const volatile char* bytes = reinterpret_cast<const char*>(row);
+    for (int64_t i = 0; i < t.width * int64_t(sizeof(T)); i += 2048) (void)bytes[i];
+  }
+
+  void by_rows() const {
+    const auto row = [&](int64_t j) { return (t.rows ? t.rows[j] : j) * t.width; };
+    const auto g_row = [&](int64_t j) { return Rule::compact ? j * t.width : row(j); };
+    const int64_t part = std::max<int64_t>(8, PART / std::max<int64_t>(t.width, 1));
+    int bad = 0;
+    if (Rule::guard) {
+      std::vector<char> found(t.count);
+      in_parts(t.count, part, [&](int64_t, int64_t first, int64_t n) {
+        for (int64_t j = first; j < first + n; j++) found[j] = some_not_finite(t.g + g_row(j), t.width);
+      });
+      for (char x : found) bad |= x;
+    }
+    in_parts(t.count, part, [&](int64_t, int64_t first, int64_t n) {
+      for (int64_t j = first; j < first + n; j++) {
+        for (int64_t k = j; t.rows && (j - first) % 8 == 0 && k < std::min(j + 8, first + n); k++) {
+          visit(t.p + row(k));
+          visit(t.b[0] + row(k));
+        }
+        float size = float(t.known);
+        if (Rule::size == OF_ROW && size != size && !bad) size = rms(sum_of_squares(t.p + row(j), t.width), t.width);
+        span(!bad, size, row(j), g_row(j), t.width);
+      }
+    });
+  }
+};
+
+template <class Rule>
+void run(const Shared& s, const typename Rule::Tensor* tensors, int64_t count) {
+  for (int64_t i = 0; i < count; i++) {
+    const auto& t = tensors[i];
+    const double number = t.step ? double(*t.step += 1) : 0;
+    const Step<Rule> step{s, t, number, mix(uint32_t(t.noise) + uint32_t(number))};
+    t.width ? step.by_rows() : step.whole();
+  }
+}
+
+}  // namespace

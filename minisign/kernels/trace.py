@@ -1,0 +1,322 @@
+"""A rule, called once on stand-ins that only remember what is done to them, becomes the lines of a kernel.
+
+    p, g, m       stand for tensors: what is done to an entry of them is a :class:`Line`
+    lr, beta      stand for numbers, which may be others at the next step: arithmetic on them is remembered as
+                  an expression, and carried out on the host before each step
+
+The stand-ins are ``torch.fx``'s proxies, which hand every method, sign and function of torch to
+:meth:`Tracer.create_proxy`. The writers (cpp.py, triton.py) make a kernel of what is remembered.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import linecache
+import operator
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from itertools import count
+from types import FrameType
+from typing import Any, NamedTuple, TypeAlias
+
+from torch import fx
+
+from minisign.kernels.vocabulary import BOOLS, MASKS, POWERS, RESERVED, SAME, SIGNS, TEXTS
+
+FLOAT, DOUBLE, BOOL = "float", "double", "bool"
+SIZES = {"rms": "tensor", "row_rms": "row"}  # whose RMS the words ask for
+
+
+class Untraceable(Exception):
+    """A rule does something that the kernels do not know; the message has the line."""
+
+
+class Place(NamedTuple):
+    """A line of a rule."""
+
+    file: str
+    line: int
+
+    @property
+    def code(self) -> str:
+        return linecache.getline(self.file, self.line).strip()
+
+    def __str__(self) -> str:
+        return f"line {self.line} of {self.file}, `{self.code}`"
+
+
+class Number:
+    """A number of a rule: its value now, as in Python, and the expression that gives it at any step."""
+
+    def __init__(self, value: float, text: str) -> None:
+        self.value, self.text = value, text
+
+
+class Variable:
+    """Of a kernel.
+
+    Attributes:
+        kind: of an entry. is_scalar: it is one for a whole tensor (the number of its step, its RMS), and so is
+            what follows from such.
+        is_fixed: what would change it in place does nothing: a momentum that has its gradient already.
+    """
+
+    def __init__(self, name: str = "", kind: str = FLOAT, is_scalar: bool = False, is_fixed: bool = False) -> None:
+        self.name, self.kind, self.is_scalar, self.is_fixed = name, kind, is_scalar, is_fixed
+
+
+Node: TypeAlias = Number | Variable
+
+
+class Line(NamedTuple):
+    """``out`` becomes ``word(*arguments, **options)``."""
+
+    out: Variable
+    is_new: bool
+    word: str
+    arguments: tuple[Node, ...]
+    options: dict[str, Node]
+    place: Place
+
+    @property
+    def variables(self) -> list[Variable]:
+        return [x for x in (*self.arguments, *self.options.values()) if isinstance(x, Variable)]
+
+
+class Value(fx.Proxy):
+    """What a rule is given in place of a tensor or a number; ``node`` is which."""
+
+    def where(self, mask: Value, other: Any) -> Any:
+        """Of torch's two orders this is the method's."""
+        return self.tracer.create_proxy("call_method", "where", (mask, self, other), {})
+
+    def masked_fill(self, mask: Value, value: Any) -> Any:
+        return self.tracer.create_proxy("call_method", "where", (mask, value, self), {})
+
+
+for _sign in ("add", "sub", "mul", "truediv"):  # p += … is p.add_(…); fx has no word for it
+    _word = f"{SAME.get(_sign, _sign)}_"
+    setattr(Value, f"__i{_sign}__", lambda a, b, w=_word: a.tracer.create_proxy("call_method", w, (a, b), {}))
+
+
+class Tracer(fx.proxy.TracerBase):
+    """Remembers what is done to the stand-ins that it gave out.
+
+    Attributes:
+        inputs: p, g and the buffers.
+        scalars: what the kernel learns of a tensor by itself: its step, its RMS, its own numbers.
+        lines: in order.
+        numbers: the expressions that lines take, and the place of each.
+        conditions: what the rule asked of its numbers, and the answers: another answer needs another trace.
+    """
+
+    def __init__(self) -> None:
+        self.graph = fx.Graph()  # asked for names by fx; nothing is put into it
+        self.inputs: list[Variable] = []
+        self.scalars: dict[str, Variable] = {}
+        self.lines: list[Line] = []
+        self.numbers: dict[str, int] = {}
+        self.conditions: dict[str, bool] = {}
+
+    # --- what fx calls ----------------------------------------------------------------------------
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *_: Any, **__: Any) -> Any:
+        name = target if isinstance(target, str) else target.__name__
+        in_place = kind == "call_method" and name.endswith("_")
+        word = SAME.get(name.strip("_"), name.strip("_"))
+        if word == "rms":
+            return self._rms(*args)
+        if word == "to":  # a kernel computes in float32, whatever it is given
+            return args[0]
+        nodes, options = tuple(map(self._node, args)), {key: self._node(x) for key, x in kwargs.items()}
+        if all(isinstance(x, Number) for x in (*nodes, *options.values())):
+            return Value(self._expression(word, *nodes), self)  # type: ignore[arg-type]
+        return self._record(word, nodes, options, in_place)
+
+    def to_bool(self, proxy: Any) -> bool:
+        if isinstance(proxy.node, Number):
+            self.conditions[proxy.node.text] = bool(proxy.node.value)
+            return bool(proxy.node.value)
+        raise TypeError(f"{here()} depends on a tensor's values; a rule may choose by torch.where, not by `if`")
+
+    # --- what becomes of it -----------------------------------------------------------------------
+
+    def _node(self, x: Any) -> Node:
+        if isinstance(x, Value):
+            return x.node  # type: ignore[return-value]
+        if isinstance(x, bool) or not isinstance(x, (int, float)):
+            raise Untraceable(f"{here()} has {x!r} where the kernels need a number")
+        return Number(x, repr(float(x)))
+
+    def _expression(self, word: str, a: Number, b: Number | None = None) -> Number:
+        if b is None and word in ("neg", "abs"):
+            return Number(getattr(operator, word)(a.value), f"(-{a.text})" if word == "neg" else f"abs({a.text})")
+        if b is None or word not in SIGNS:
+            raise Untraceable(f"{here()} does {word} to a number; the kernels know {' '.join(SIGNS.values())}")
+        text = f"({a.text} {SIGNS[word]} {b.text})"
+        function = operator.truediv if word == "div" else getattr(operator, word)
+        return Number(function(a.value, b.value), text)
+
+    def _record(self, word: str, nodes: tuple[Node, ...], options: dict[str, Node], in_place: bool) -> Any:
+        place, (_, g, *_) = here(), self.inputs
+        if word == "pow" and not all(isinstance(x, Number) or x.is_scalar for x in nodes):
+            word, nodes = POWERS.get(getattr(nodes[-1], "text", ""), word), nodes[:1]
+        if word not in TEXTS:
+            raise Untraceable(f"{place} uses {word}, which the kernels do not know")
+        try:
+            inspect.signature(TEXTS[word]).bind(*nodes, **options)
+        except TypeError as error:
+            raise Untraceable(f"{place} uses {word} otherwise than the kernels know: {error}") from None
+        if in_place:
+            out = nodes[0]
+            if out is g:
+                raise TypeError(f"{place} changes the gradient, which a rule must leave as it is")
+            if not isinstance(out, Variable) or out.is_fixed:
+                return Value(out, self)  # type: ignore[arg-type]
+        else:
+            variables = [x for x in (*nodes, *options.values()) if isinstance(x, Variable)]
+            kinds = {x.kind for x in variables}
+            kind = BOOL if word in BOOLS else DOUBLE if kinds == {DOUBLE} else FLOAT
+            out = Variable(kind=kind, is_scalar=all(x.is_scalar for x in variables))
+        options = {key: x for key, x in options.items() if getattr(x, "text", "") != "1.0"}  # that is the default
+        for x in (*nodes, *options.values()):
+            if isinstance(x, Number):
+                self.numbers.setdefault(x.text, len(self.numbers))
+        self.lines.append(Line(out, not in_place, word, nodes, options, place))
+        return Value(out, self)  # type: ignore[arg-type]
+
+    def _rms(self, proxy: Value, over: str) -> Value:
+        if proxy.node is not self.inputs[0] or any(line.out is proxy.node for line in self.lines):
+            raise Untraceable(f"{here()} asks for another RMS than that of the parameter before it moves")
+        return Value(self.scalars.setdefault(over, Variable("size", is_scalar=True)), self)  # type: ignore[arg-type]
+
+
+class Program:
+    """A rule as lines, which the two writers spell out.
+
+    Attributes:
+        origin: where the rule stands.
+        names: of its numbers.
+        trace: what it does.
+    """
+
+    def __init__(self, origin: str, names: tuple[str, ...], trace: Tracer) -> None:
+        self.origin, self.names, self.trace = origin, names, trace
+        self.p, self.g, *self.buffers = trace.inputs
+
+    @cached_property
+    def evaluate(self) -> Callable[..., tuple[float, ...]]:
+        """From the rule's numbers to those that lines take."""
+        return self._function(self.trace.numbers)
+
+    @cached_property
+    def answers(self) -> Callable[..., tuple[bool, ...]]:
+        """From the rule's numbers to what it asks of them; it is this program's if all are as they were."""
+        return self._function(self.trace.conditions)
+
+    def _function(self, expressions: Any) -> Callable[..., Any]:
+        made: Callable[..., Any] = eval(f"lambda {', '.join(self.names)}: ({''.join(f'{x}, ' for x in expressions)})")
+        return made
+
+    @property
+    def size(self) -> str:
+        """Whose RMS is asked for: "tensor", "row" or ""."""
+        return "".join(SIZES[name] for name in self.trace.scalars if name in SIZES)
+
+    @property
+    def own(self) -> list[Variable]:
+        """The rule's numbers that are one tensor's own."""
+        return [v for name, v in self.trace.scalars.items() if name not in ("step", "lr", *SIZES)]
+
+    def reads(self, variable: Variable) -> bool:
+        return any(variable is x for line in self.trace.lines for x in line.variables)
+
+    def writes(self, variable: Variable) -> bool:
+        return any(variable is line.out for line in self.trace.lines)
+
+    def lines(self) -> Iterator[tuple[Line, str, str]]:
+        """Each with its right side, and where it comes from if the one before comes from elsewhere."""
+        before: dict[bool, Place] = {}
+        for line in self.trace.lines:
+            place, scalar = line.place, line.out.is_scalar
+            yield line, self._text(line), "" if place == before.get(scalar) else f"{place.line}: {place.code}"
+            before[scalar] = place
+
+    def _text(self, line: Line) -> str:
+        """The i-th number is k{i} in float32 and d{i} in float64."""
+        wide = all(x.kind == DOUBLE for x in line.variables)
+
+        def spelled(x: Node, as_bool: bool) -> str:
+            if isinstance(x, Number):
+                return f"{'d' if wide else 'k'}{self.trace.numbers[x.text]}"
+            if x.kind == BOOL and not as_bool:
+                return f"float_of({x.name})"
+            return f"float_of({x.name})" if x.kind == DOUBLE and not wide else x.name
+
+        masks = MASKS.get(line.word, 0)
+        given = [spelled(x, i < masks) for i, x in enumerate(line.arguments)]
+        return TEXTS[line.word](*given, **{key: spelled(x, False) for key, x in line.options.items()})
+
+
+def trace(
+    rule: Callable[..., None],
+    numbers: Mapping[str, Any],
+    scalars: Mapping[str, str] = {},
+    fixed: bool = False,
+) -> Program:
+    """What ``rule(p, g, *buffers, **numbers)`` does.
+
+    Args:
+        numbers: by name. What is no number (a word, None) becomes part of the program.
+        scalars: names of those that only the kernel knows, and their kinds.
+        fixed: the buffers have their gradient already.
+
+    Raises:
+        Untraceable: something that the kernels do not know. TypeError: something that no rule may do.
+    """
+    made = Tracer()
+    parameters = inspect.signature(rule).parameters.values()
+    names = [x.name for x in parameters if x.kind == x.POSITIONAL_OR_KEYWORD]
+    made.inputs += [Variable(name, is_fixed=fixed and i > 1) for i, name in enumerate(names)]
+    made.scalars = {name: Variable(name, kind, is_scalar=True) for name, kind in scalars.items()}
+    given = {
+        name: Value(Number(x, name), made) if isinstance(x, float) else x  # type: ignore[arg-type]
+        for name, x in numbers.items()
+    }
+    known = {name: Value(x, made) for name, x in made.scalars.items()}  # type: ignore[arg-type]
+    rule(*(Value(x, made) for x in made.inputs), **given, **known)  # type: ignore[arg-type]
+    _name(made, rule)
+    return Program(f"{rule.__name__}, {inspect.getsourcefile(rule)}", tuple(x for x in numbers if isinstance(numbers[x], float)), made)
+
+
+def _name(made: Tracer, rule: Callable[..., None]) -> None:
+    """Variables are called as the rule calls them, where it does."""
+    tree, first = ast.parse(textwrap.dedent(inspect.getsource(rule))), rule.__code__.co_firstlineno - 1
+    targets = {
+        number + first: node.targets[0].id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+        for number in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
+    kept = {line.place: line.out for line in made.lines if line.place.file == rule.__code__.co_filename}
+    wishes = {x: x.name for x in made.inputs}
+    for line in made.lines:  # of several in a line of the rule, the last has its name
+        if line.is_new:
+            wishes[line.out] = targets.get(line.place.line, "t") if kept.get(line.place) is line.out else "t"
+    taken = {*RESERVED, *(x.name for x in made.scalars.values())}
+    for variable, wish in wishes.items():
+        variable.name = next(x for i in count(1) if (x := wish if i == 1 else f"{wish}{i}") not in taken)
+        taken.add(variable.name)
+
+
+def here() -> Place:
+    """The line of a rule that is being carried out."""
+    frame: FrameType | None = sys._getframe(1)
+    own = (__file__, fx.proxy.__file__)
+    while frame is not None and frame.f_code.co_filename in own:
+        frame = frame.f_back
+    assert frame is not None
+    return Place(frame.f_code.co_filename, frame.f_lineno)

@@ -1,0 +1,263 @@
+"""What all made Triton kernels share: the words that rules use, memory, and the kernel around a rule.
+
+A program takes a span of one tensor: 1024 entries, or a row. Which, it reads from two tables: `owners` says
+whose span this is, and that tensor's line in `table` (table.py) where its parameter, gradient and buffers lie:
+addresses, which become pointers here. So gradients stay where autograd left them, nothing is copied together,
+and nothing is launched for each tensor. Where something must be known of a whole tensor before one entry of it
+moves (is its gradient finite, how large are the weights), a launch with LOOK goes before.
+
+Under TRITON_INTERPRET=1 (set before this is imported) the same code runs on a CPU, program by program, in
+NumPy. Arithmetic is float32, and equal to step.h to the last bit: fused multiply-adds are written, never left
+to the compiler, and division and root are the rounded ones. There is no autotuning: it would apply the step
+several times.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from minisign.kernels.table import FMA_ON_CPU
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+# Entries of a program, and its warps: 8 entries a thread, which are 16 bytes of bfloat16, are what an H200
+# is fastest with (benchmarks/gpu.py, blocks).
+BLOCK = 1024
+WARPS = 4
+
+
+class Numbers(NamedTuple):
+    """What changes from step to step, as float32."""
+
+    k: tuple[float, ...]  # the program's numbers
+    rest: tuple[float, ...]  # what float32 leaves of them
+    sign: float  # −1 to maximize
+    shrink: float
+    center: float
+
+
+class Shape(NamedTuple):
+    """What the kernel must know of a rule and its table."""
+
+    buffers: int
+    columns: int  # of a line
+    size: str  # whose RMS is asked for: "tensor", "row" or ""
+    guard: bool
+    by_rows: bool
+    compact: bool
+    aligned: bool  # the host has looked: loads and stores of 16 bytes
+
+
+# A kernel sees what is outside only as constexpr.
+_INTERPRETED, _FMA_ON_CPU, _BLOCK = tl.constexpr(INTERPRETED), tl.constexpr(FMA_ON_CPU), tl.constexpr(BLOCK)
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def fma(a, b, c):
+    if _INTERPRETED and _FMA_ON_CPU:  # NumPy has none: the product of two float32 is exact in float64
+        return (a.to(tl.float64) * b + c).to(tl.float32)
+    elif _INTERPRETED:
+        return a * b + c
+    else:
+        return tl.fma(a, b, c)
+
+
+@triton.jit
+def lerp(a, b, w):
+    near = tl.abs(w) < 0.5  # from the nearer end, as torch does
+    return fma(b - a, tl.where(near, w, w - 1.0), tl.where(near, a, b))
+
+
+@triton.jit
+def sign_of(x):
+    return (x > 0).to(tl.float32) - (x < 0).to(tl.float32)  # 0 of 0 and of NaN
+
+
+@triton.jit
+def divided(a, b):
+    return a / b if b.dtype == tl.float64 else tl.div_rn(a, b)  # the rounded one, which is of float32 only
+
+
+@triton.jit
+def inverse_of(x):
+    return divided(tl.full(x.shape, 1.0, x.dtype), x)
+
+
+@triton.jit
+def sqrt_of(x):
+    return tl.sqrt(x) if x.dtype == tl.float64 else tl.sqrt_rn(x)
+
+
+@triton.jit
+def tanh_of(x):
+    e = tl.exp(-2.0 * tl.abs(x))
+    size = tl.div_rn(1.0 - e, 1.0 + e)
+    return tl.where(x < 0, -size, size)
+
+
+@triton.jit
+def larger_of(a, b):
+    return tl.where((a > b) | (a != a), a, b)  # NaN stays NaN
+
+
+@triton.jit
+def smaller_of(a, b):
+    return tl.where((a < b) | (a != a), a, b)
+
+
+@triton.jit
+def power_of(a, b):
+    return tl.exp2(b * tl.log2(a))
+
+
+@triton.jit
+def float_of(x):
+    return x.to(tl.float32)
+
+
+@triton.jit
+def not_of(mask):
+    return mask == 0
+
+
+@triton.jit
+def wide(x, rest):
+    """float64, of which a kernel gets two parts."""
+    return tl.full([], x, tl.float64) + tl.full([], rest, tl.float64)
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def mix(x):
+    x = (x ^ (x >> 16)) * 0x85EBCA6B
+    x = (x ^ (x >> 13)) * 0xC2B2AE35
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def pointer(line, column: tl.constexpr, TYPE: tl.constexpr, SHAPE: tl.constexpr):
+    found = tl.load(line + column).to(tl.pointer_type(TYPE))
+    if SHAPE.aligned:
+        found = tl.multiple_of(found, 16)
+    return found
+
+
+@triton.jit
+def load(P, i, mask, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(P + i, mask=mask, other=0).to(tl.float32)
+    else:
+        return tl.load(P + i).to(tl.float32)
+
+
+@triton.jit
+def store(P, i, x, mask, key, TYPE: tl.constexpr, ROUNDED: tl.constexpr, MASKED: tl.constexpr):
+    """float32 as TYPE: to the nearest, or at random (minisign/engine/rounding.py says how)."""
+    if (ROUNDED or _INTERPRETED) and TYPE == tl.bfloat16:  # noqa: SIM300, TYPE varies
+        bits = x.to(tl.uint32, bitcast=True)
+        if ROUNDED:
+            low, high = i.to(tl.uint32), (i >> 32).to(tl.uint32)
+            up = mix(low * 0x9E3779B1 + high * 0x85EBCA77 + key) >> 16
+        else:  # the interpreter would cut off where a GPU rounds to nearest, ties to even
+            up = ((bits >> 16) & 1) + 0x7FFF
+        bits = tl.where(x == x, (bits + up) & 0xFFFF0000, 0x7FC00000)
+        x = bits.to(tl.float32, bitcast=True)
+    if MASKED:
+        tl.store(P + i, x.to(TYPE), mask=mask)
+    else:
+        tl.store(P + i, x.to(TYPE))
+
+
+# --- looks ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def squares_of(p):
+    return tl.sum(p.to(tl.float64) * p.to(tl.float64), axis=0)
+
+
+@triton.jit
+def look(line, i, g_i, mask, squares, bad, P: tl.constexpr, G: tl.constexpr, SHAPE: tl.constexpr):
+    if SHAPE.guard:
+        exponent = load(pointer(line, 1, G, SHAPE), g_i, mask, True).to(tl.int32, bitcast=True) & 0x7F800000
+        tl.atomic_max(bad, tl.max((exponent == 0x7F800000).to(tl.int32), axis=0))
+    if SHAPE.size == "tensor":
+        tl.atomic_add(squares, squares_of(load(pointer(line, 0, P, SHAPE), i, mask, True)))
+
+
+@triton.jit
+def size_of(squares, count, line, SHAPE: tl.constexpr):
+    """The RMS, or what the table says in its place."""
+    known = tl.load(line + SHAPE.buffers + 8).to(tl.float64, bitcast=True)
+    found = tl.sqrt(squares / count)
+    return tl.where(known == known, known, tl.where(found == 0, 1.0, found)).to(tl.float32)
+
+
+@triton.jit
+def own_number(line, i: tl.constexpr, SHAPE: tl.constexpr):
+    return tl.load(line + SHAPE.buffers + 9 + i).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def number_of_step(line, SHAPE: tl.constexpr):
+    counter = tl.load(line + SHAPE.buffers + 2)
+    number = tl.full([], 0.0, tl.float64)
+    if counter != 0:
+        number = tl.load(counter.to(tl.pointer_type(tl.float32))).to(tl.float64)
+    return number
+
+
+# --- the kernel -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def step(
+    table, owners, firsts, squares, bad, found_inf, grad_scale, lr, numbers,
+    MOVE: tl.constexpr, P: tl.constexpr, G: tl.constexpr, SHAPE: tl.constexpr, LOOK: tl.constexpr,
+):  # fmt: skip
+    """``MOVE``: the rule, made by triton.py. ``P``, ``G``: types."""
+    program = tl.program_id(0)
+    owner = tl.load(owners + program)
+    line = table + owner * SHAPE.columns
+    size = tl.load(line + SHAPE.buffers + 3)
+    place = (program - tl.load(firsts + owner)).to(tl.int64)  # beyond 2³¹ entries too
+    moves = tl.load(found_inf) == 0
+    if SHAPE.by_rows:
+        n = tl.load(line + SHAPE.buffers + 5)
+        if SHAPE.aligned:
+            n = tl.multiple_of(n, 16)
+        rows = tl.load(line + SHAPE.buffers + 7)
+        row = place
+        if rows != 0:
+            row = tl.load(rows.to(tl.pointer_type(tl.int64)) + place)
+        moves = moves & (row >= 0)
+        start, g_start = row * n, (place if SHAPE.compact else row) * n
+    else:
+        start, g_start = place * _BLOCK, place * _BLOCK
+        n = tl.minimum(size - start, _BLOCK)
+    if moves:
+        found, count = tl.load(squares + owner), size
+        if SHAPE.size == "row" and not LOOK:
+            found, count = tl.full([], 0.0, tl.float64), n
+            for first in range(0, n, _BLOCK):
+                k = first + tl.arange(0, _BLOCK)
+                found += squares_of(load(pointer(line, 0, P, SHAPE), start + k, k < n, True))
+        rms, finite, number = size_of(found, count, line, SHAPE), tl.load(bad + owner) == 0, number_of_step(line, SHAPE)
+        key = mix(tl.load(line + SHAPE.buffers + 4).to(tl.uint32) + number.to(tl.uint32))
+        unscale = tl.div_rn(numbers.sign, tl.load(grad_scale))
+        for first in range(0, n, _BLOCK):
+            k = first + tl.arange(0, _BLOCK)
+            if LOOK:
+                look(line, start + k, g_start + k, k < n, squares + owner, bad + owner, P, G, SHAPE)
+            elif n - first >= _BLOCK:
+                MOVE(line, start + k, g_start + k, k < n, unscale, finite, key, number, rms, lr, numbers, SHAPE, False)
+            else:
+                MOVE(line, start + k, g_start + k, k < n, unscale, finite, key, number, rms, lr, numbers, SHAPE, True)
