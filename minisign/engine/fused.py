@@ -149,6 +149,7 @@ def _run(optimizer: Optimizer, group: Group, part: Part, launch: Launch, cache: 
         found_inf=getattr(optimizer, "found_inf", None),
     )
     kernels.backend(group["fused"], launch.device).step(program, launch, call, cache)
+    launch.gradients.clear()
 
 
 @dataclass

@@ -40,24 +40,22 @@ class Tensors:
             return self
         for factor in factors.values():
             if isinstance(factor, (Tensor, Tensors)):
-                done = self._with_factor(name.strip("_"), factor, *arguments)
-                return self._become(done.tensors) if in_place else done
+                return self._with_factor(name, factor, *arguments)
         together = getattr(torch, f"_foreach_{name}", None)
-        if together is None or torch.is_grad_enabled():  # torch has no such word for lists, or no gradient
+        shaped = any(isinstance(x, Tensor) for x in arguments)
+        if together is None or shaped or torch.is_grad_enabled():  # no such word for lists, or no gradient
             done = self._each(lambda x, *own: getattr(x, name)(*own, **factors), self, *arguments)
             return self if in_place else done
         done = together(self.tensors, *(x.tensors if isinstance(x, Tensors) else x for x in arguments), **factors)
         return self if in_place else Tensors(done)
 
-    def _with_factor(self, word: str, factor: Any, y: Any, *z: Any) -> Tensors:
+    def _with_factor(self, name: str, factor: Any, y: Any, *z: Any) -> Tensors:
         """x + αy, x − αy, x + αyz, x + αy/z."""
-        change = y if not z else y * z[0] if word == "addcmul" else y / z[0]
-        return self - change * factor if word == "sub" else self + change * factor
-
-    def _become(self, values: Sequence[Tensor]) -> Tensors:
-        for x, value in zip(self.tensors, values, strict=True):
-            x.copy_(value)
-        return self
+        word, in_place = name.strip("_"), "_" if name.endswith("_") else ""
+        if z:
+            y = y * z[0] if word == "addcmul" else y / z[0]
+        done = self._each(lambda x, *own: getattr(x, f"addcmul{in_place}")(*own), self, y, -factor if word == "sub" else factor)
+        return self if in_place else done
 
     @staticmethod
     def _each(function: Callable[..., Tensor], *arguments: Any) -> Tensors:

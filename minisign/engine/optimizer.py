@@ -227,8 +227,8 @@ class Optimizer(ExactOptimizer):
         found = {name: group[name] for name in self.bounds if name != "betas"}
         found |= {f"beta{i}": beta for i, beta in enumerate(group.get("betas", ()), start=1)}
         lr = group["lr"]  # a number, unless a CUDA graph, a kernel or autograd has to see the tensor
-        seen = group["capturable"] or group["differentiable"] or group["fused"]
-        if isinstance(lr, Tensor) and not (seen and (lr.is_cuda or not group["fused"])):
+        seen = group["capturable"] or group["differentiable"] or (group["fused"] and lr.is_cuda) if isinstance(lr, Tensor) else True
+        if not seen:
             found["lr"] = lr.item()
         return found
 

@@ -17,6 +17,7 @@ struct Rule {{
   using G = {g};
   using B = {b};
   using Tensor = TensorOf<P, G, B, {buffers}, {own}>;
+  static_assert(sizeof(Tensor) == 8 * {columns}, "table.py has another");
   static constexpr Size size = {size};
   static constexpr bool guard = {guard}, rounded = {rounded}, compact = {compact};
 
@@ -41,7 +42,8 @@ def write(program: Program, form: Form) -> str:
     places = {program.p: "P", program.g: "G", **{b: f"B{j}" for j, b in enumerate(program.buffers)}}
     used = {v: x for v, x in places.items() if program.reads(v) or program.writes(v)}
     sources = {"P": "T.p + start", "G": "T.g + g_start"} | {f"B{j}": f"T.b[{j}] + start" for j in range(len(places) - 2)}
-    of_all = [f"const double {v.name} = T.own[{i}];" for i, v in enumerate(program.own)]
+    of_all = ["const float lr = S.lr;"] * ("lr" in program.trace.scalars)
+    of_all += [f"const double {v.name} = T.own[{i}];" for i, v in enumerate(program.own)]
     of_all += [f"{'const ' * (x == 'G')}auto* __restrict {x} = {sources[x]};" for x in used.values()]
     of_each = [
         f"{'' if program.writes(v) else 'const '}float {v.name} = {x}[I]{' * unscale' * (x == 'G')};"
@@ -57,12 +59,13 @@ def write(program: Program, form: Form) -> str:
         _said(f"const {kind} {x}{i} = {'float' * (x == 'k')}(S.d[{i}]);", text)
         for text, i in program.trace.numbers.items()
         for x, kind in (("k", "float"), ("d", "double"))
-        if re.search(rf"\b{x}{i}\b", "".join(of_all + of_each))
+        if re.search(rf"\b{x}{i}\b", "\n".join(of_all + of_each))
     ]
     return TEXT.format(
         origin=program.origin,
         narrow="" if form.types == ("float32",) * 3 else "#define NARROW\n",
         **{x: TYPES[t] for x, t in zip("pgb", form.types, strict=True)},
+        columns=len(program.buffers) + 9 + max(1, len(program.own)),
         buffers=len(program.buffers),
         own=max(1, len(program.own)),
         size=f"OF_{program.size.upper()}" if program.size else "NO",

@@ -36,7 +36,7 @@ class Shared(ctypes.Structure):
 
     _fields_ = (
         ("d", ctypes.c_void_p),
-        *((name, ctypes.c_float) for name in ("unscale", "shrink", "center")),
+        *((name, ctypes.c_float) for name in ("lr", "unscale", "shrink", "center")),
         ("threads", ctypes.c_int32),
     )
 
@@ -65,6 +65,7 @@ def step(program: Program, launch: Launch, call: Call, cache: object = None) -> 
     numbers = (ctypes.c_double * len(call.numbers))(*call.numbers)
     shared = Shared(
         d=ctypes.addressof(numbers),
+        lr=0.0 if call.lr is None else call.lr.item(),
         unscale=sign if call.grad_scale is None else sign / np.float32(call.grad_scale.item()),
         shrink=call.shrink,
         center=call.center,
@@ -85,7 +86,8 @@ def library(program: Program, form: Form) -> Any:
     threads = () if platform.system() == "Darwin" else ("-fopenmp",)  # Apple's compiler has no OpenMP
     contract = () if FMA_ON_CPU else ("-DNO_FMA",)
     capability = INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())
-    command = (compiler(), *FLAGS, *threads, *contract, *capability, f"-I{HEADER.parent}", f"-I{TORCH}")
+    command = (compiler(), *FLAGS, *threads, *contract, *capability, f"-DSHARED_BYTES={ctypes.sizeof(Shared)}",
+               f"-I{HEADER.parent}", f"-I{TORCH}")
     key = repr((text, HEADER.read_text(), command, torch.__version__, platform.machine(), platform.system()))
     target = folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
     if not _is_whole(target):

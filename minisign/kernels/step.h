@@ -24,9 +24,10 @@ constexpr int64_t PART = 1 << 15;       // entries that are worth a thread
 // What all tensors of a call share; mirrored in cpu.py.
 struct Shared {
   const double* d;  // the rule's numbers, and what is computed from them
-  float unscale, shrink, center;
+  float lr, unscale, shrink, center;
   int32_t threads;
 };
+static_assert(sizeof(Shared) == SHARED_BYTES, "cpu.py has another");
 
 // One tensor; mirrored by Item.columns in table.py.
 template <class P, class G, class B, int BUFFERS, int OWN>

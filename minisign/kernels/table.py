@@ -83,8 +83,8 @@ class Launch:
         lines = [item.columns() for item in items]
         self.count, self.width = len(lines), len(lines[0])
         self.table = array("q", [x for line in lines for x in line])
-        # Whoever keeps a launch keeps these alive; not gradients, whose memory is another's by the next step.
         self.held = [(item.p, item.buffers, item.rows) for item in items]
+        self.gradients = [item.g for item in items]  # until the step is made; then their memory is another's
 
     def set_gradients(self, addresses: Sequence[int]) -> None:
         """The same tensors with other gradients."""
@@ -106,7 +106,7 @@ class Call:
 
     Attributes:
         numbers: what the program's expressions come to.
-        lr: the rate, where it is a tensor on a GPU.
+        lr: the rate, where it is a tensor.
         sign: −1 to maximize. shrink, center: of a guard.
         grad_scale: 1-element float32, by which gradients are divided. found_inf: 1-element float32; where it
             is not 0 nothing happens.

@@ -61,11 +61,10 @@ class Variable:
     Attributes:
         kind: of an entry. is_scalar: it is one for a whole tensor (the number of its step, its RMS), and so is
             what follows from such.
-        is_fixed: what would change it in place does nothing: a momentum that has its gradient already.
     """
 
-    def __init__(self, name: str = "", kind: str = FLOAT, is_scalar: bool = False, is_fixed: bool = False) -> None:
-        self.name, self.kind, self.is_scalar, self.is_fixed = name, kind, is_scalar, is_fixed
+    def __init__(self, name: str = "", kind: str = FLOAT, is_scalar: bool = False) -> None:
+        self.name, self.kind, self.is_scalar = name, kind, is_scalar
 
 
 Node: TypeAlias = Number | Variable
@@ -88,6 +87,14 @@ class Line(NamedTuple):
 
 class Value(fx.Proxy):
     """What a rule is given in place of a tensor or a number; ``node`` is which."""
+
+    is_fixed = False
+
+    def fixed(self) -> Value:
+        """The same, but what would change it in place does nothing."""
+        made = Value(self.node, self.tracer)
+        made.is_fixed = True
+        return made
 
     def where(self, mask: Value, other: Any) -> Any:
         """Of torch's two orders this is the method's."""
@@ -129,6 +136,8 @@ class Tracer(fx.proxy.TracerBase):
         word = SAME.get(name.strip("_"), name.strip("_"))
         if word == "rms":
             return self._rms(*args)
+        if in_place and args[0].is_fixed:
+            return args[0]
         if word == "to":  # a kernel computes in float32, whatever it is given
             return args[0]
         nodes, options = tuple(map(self._node, args)), {key: self._node(x) for key, x in kwargs.items()}
@@ -174,8 +183,7 @@ class Tracer(fx.proxy.TracerBase):
             out = nodes[0]
             if out is g:
                 raise TypeError(f"{place} changes the gradient, which a rule must leave as it is")
-            if not isinstance(out, Variable) or out.is_fixed:
-                return Value(out, self)  # type: ignore[arg-type]
+            assert isinstance(out, Variable)
         else:
             variables = [x for x in (*nodes, *options.values()) if isinstance(x, Variable)]
             kinds = {x.kind for x in variables}
@@ -265,14 +273,12 @@ def trace(
     rule: Callable[..., None],
     numbers: Mapping[str, Any],
     scalars: Mapping[str, str] = {},
-    fixed: bool = False,
 ) -> Program:
     """What ``rule(p, g, *buffers, **numbers)`` does.
 
     Args:
         numbers: by name. What is no number (a word, None) becomes part of the program.
         scalars: names of those that only the kernel knows, and their kinds.
-        fixed: the buffers have their gradient already.
 
     Raises:
         Untraceable: something that the kernels do not know. TypeError: something that no rule may do.
@@ -280,7 +286,7 @@ def trace(
     made = Tracer()
     parameters = inspect.signature(rule).parameters.values()
     names = [x.name for x in parameters if x.kind == x.POSITIONAL_OR_KEYWORD]
-    made.inputs += [Variable(name, is_fixed=fixed and i > 1) for i, name in enumerate(names)]
+    made.inputs += [Variable(name) for name in names]
     made.scalars = {name: Variable(name, kind, is_scalar=True) for name, kind in scalars.items()}
     given = {
         name: Value(Number(x, name), made) if isinstance(x, float) else x  # type: ignore[arg-type]

@@ -52,7 +52,7 @@ def write(program: Program, form: Form) -> str:
         _said(f"{x}{i} = {text.format(i=i)}", expression)
         for expression, i in program.trace.numbers.items()
         for x, text in (("k", "numbers.k[{i}]"), ("d", "wide(numbers.k[{i}], numbers.rest[{i}])"))
-        if re.search(rf"\b{x}{i}\b", "".join(body))
+        if re.search(rf"\b{x}{i}\b", "\n".join(body))
     ]
     return TEXT.format(origin=program.origin, lines="\n    ".join(numbers + body))
 
