@@ -12,25 +12,25 @@ import math
 from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import is_
+from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from minisign import kernels
-from minisign.engine.halves import move
-from minisign.engine.roads import Rule
+from minisign.engine.halves import take
+from minisign.engine.lazy import sparse_rows
 from minisign.engine.rounding import noise_of
-from minisign.engine.rows import forget_rows, recorded_rows, sparse_rows
-from minisign.engine.shards import is_sharded, local
-from minisign.engine.words import WORDS
+from minisign.engine.rows import forget_rows, recorded_rows
+from minisign.engine.words import WORDS, Rule
+from minisign.engine.work import Group, Work, look, numbers_of
 from minisign.kernels import cpp, triton
 from minisign.kernels.table import TYPES, Call, Item, Launch, launches
 from minisign.kernels.trace import DOUBLE, FLOAT, Program, Untraceable, trace
 
 if TYPE_CHECKING:
-    from minisign.engine.optimizer import Group, Optimizer
+    from minisign.engine.optimizer import Optimizer
 
 _PROGRAMS: dict[Any, list[Program]] = {}
 
@@ -48,9 +48,9 @@ def check(optimizer: Optimizer, group: Group) -> None:
     """Raises RuntimeError where a back end is not to be had, or the kernels do not know what the rule does."""
     for device in {p.device for p in group["params"]}:
         kernels.backend(group["fused"], device)
-    numbers = optimizer.numbers(group)
+    part = Part(optimizer.rule, tuple(numbers_of(optimizer, group).items()), optimizer.own)
     try:
-        program_of(Part(type(optimizer).rule, tuple(numbers.items()), optimizer.own), optimizer.counts)
+        program_of(part, optimizer.counts)
     except Untraceable as error:
         raise RuntimeError(f"fused={group['fused']!r}: {error}") from error
 
@@ -71,84 +71,63 @@ def program_of(part: Part, counts: bool) -> Program:
     return made
 
 
-def text(optimizer: Optimizer, group: Group, device: str) -> str:
-    """The kernel for a parameter of a group.
+def text(optimizer: Optimizer, device: str) -> str:
+    """The kernel of an optimizer that has one parameter.
 
     Raises:
-        ValueError: another device than "cpu" and "cuda". Untraceable: the kernels do not know what the rule does.
+        ValueError: no such kernels. Untraceable: the kernels do not know what the rule does.
     """
-    (p,) = group["params"]
-    item = _item(optimizer, p, p.clone(), group)
-    if item is None or device not in ("cpu", "cuda"):
-        raise ValueError(f"there are kernels for 'cpu' and 'cuda', of float32, bfloat16 and float16; got {device!r}, {p.dtype}")
-    numbers = optimizer.numbers(group)
-    part, item = _part(optimizer, type(optimizer).rule, {**numbers, **optimizer.own_numbers(p, group)}, numbers, item)
+    (group,), ((p,),) = optimizer.param_groups, (group["params"] for group in optimizer.param_groups)
+    (work,) = look(optimizer, group, [(p, p.clone())])
+    found = _item(optimizer, group, numbers_of(optimizer, group), work)
+    if found is None or device not in ("cpu", "cuda"):
+        raise ValueError(
+            f"there are kernels for 'cpu' and 'cuda', of float32, bfloat16 and float16; got {device!r}, {p.dtype}"
+        )
+    part, item = found
     form = item.form(group["shrink"] is not None, group["stochastic_rounding"])
     return (cpp if device == "cpu" else triton).write(program_of(part, optimizer.counts), form)
 
 
-def step(optimizer: Optimizer, group: Group) -> list[Tensor]:
-    """One step on the parameters of a group that the kernels can take; the others are returned."""
-    cache = optimizer.cache(id(group))
-    numbers = optimizer.numbers(group)
-    plan: Plan = cache.get("plan") or _plan(optimizer, group, numbers)
-    cache["plan"] = plan
+def kept(optimizer: Optimizer, group: Group) -> Plan | None:
+    """The plan of the last step, if all is as it was."""
+    plan: Plan | None = optimizer.cache(id(group)).get("plan")
+    return plan if plan is not None and plan.fits(optimizer, group) else None
+
+
+def step(optimizer: Optimizer, group: Group, found: Plan | list[Work]) -> list[Work]:
+    """One step on what the kernels can take; the others are returned."""
+    cache, numbers = optimizer.cache(id(group)), numbers_of(optimizer, group)
+    plan = found if isinstance(found, Plan) else _plan(optimizer, group, numbers, found)
+    cache["plan"] = plan if plan.reusable else None
     found_inf = getattr(optimizer, "found_inf", None)
     for number, (part, launch, members) in enumerate(plan.jobs):
-        if plan.reusable:  # the same tensors, at a rate that may be another
+        if isinstance(found, Plan):  # the same tensors, at a rate that may be another
             part = part._replace(numbers=tuple((name, numbers.get(name, x)) for name, x in part.numbers))
         _run(optimizer, group, part, launch, cache.setdefault(number, {}))
-        if group["lazy"] == "ids":
-            for i in members:
-                forget_rows(plan.params[i], unless=found_inf)
-    if plan.left and found_inf is not None and found_inf.item():
-        return []
-    return plan.left
-
-
-def keeps_plan(optimizer: Optimizer, group: Group) -> bool:
-    """Whether all is as it was at the last step; else the plan for it is forgotten."""
-    cache = optimizer.cache(id(group))
-    plan: Plan | None = cache.get("plan") if group["fused"] else None
-    if plan is not None and plan.fits(optimizer, group):
-        return True
-    cache.pop("plan", None)
-    return False
-
-
-def move_all(optimizer: Optimizer, params: Sequence[Tensor], group: Group) -> list[Tensor]:
-    """θ moves by a momentum that has its gradients already; returns what is left to do."""
-    numbers, cache = optimizer.numbers(group), optimizer.cache(("move", id(group)))
-    left, parts = [], {}
-    for p in params:
-        item = _item(optimizer, p, p.detach(), group)  # p in place of a gradient that is gone, and not read
-        if item is None:
-            left.append(p)
-        else:
-            mine = {**numbers, **optimizer.own_numbers(p, group)}
-            part, item = _part(optimizer, move(type(optimizer).rule), mine, numbers, item)
-            parts.setdefault(part, []).append(item)
-    for part, items in parts.items():
-        for number, (launch, _) in enumerate(launches(items, False, group["stochastic_rounding"])):
-            _run(optimizer, group, part, launch, cache.setdefault((part, number), {}))
-    return left
+        for work in members if not plan.reusable else ():
+            if work.taken is not None:
+                work.state["taken"] = work.taken
+            if group["lazy"] == "ids":
+                forget_rows(work.parameter, unless=found_inf)
+    return [] if found_inf is not None and plan.left and found_inf.item() else plan.left
 
 
 def _run(optimizer: Optimizer, group: Group, part: Part, launch: Launch, cache: dict[Any, Any]) -> None:
-    program = program_of(part, optimizer.counts)
-    numbers = dict(part.numbers)
+    program, numbers = program_of(part, optimizer.counts), dict(part.numbers)
     lr = numbers.get("lr")
-    guard = optimizer.guard(group)
     call = Call(
         program.evaluate(**{name: numbers[name] for name in program.names}),
         lr if isinstance(lr, Tensor) else None,
         sign=-1.0 if group["maximize"] else 1.0,
-        shrink=1.0 if guard is None else guard.shrink,
+        shrink=1.0 if group["shrink"] is None else group["shrink"],
         center=group["center"],
         grad_scale=getattr(optimizer, "grad_scale", None),
         found_inf=getattr(optimizer, "found_inf", None),
     )
-    kernels.backend(group["fused"], launch.device).step(program, launch, call, cache)
+    if "module" not in cache:
+        cache["module"] = kernels.backend(group["fused"], launch.device)
+    cache["module"].step(program, launch, call, cache)
     launch.gradients.clear()
 
 
@@ -156,14 +135,16 @@ def _run(optimizer: Optimizer, group: Group, part: Part, launch: Launch, cache: 
 class Plan:
     """The launches of a group, and what they were made from."""
 
-    jobs: list[tuple[Part, Launch, list[int]]]  # the last: which of the group's parameters
-    left: list[Tensor]
+    jobs: list[tuple[Part, Launch, Any]]  # the last: the works; of a reusable plan, which parameters
+    left: list[Work]
     params: list[Tensor]
-    sharded: bool
-    reusable: bool
+    reusable: bool  # without gradients of its own in it, for the next step
     made_for: tuple[Any, ...]
-    state: list[Any]
+    state: list[Group]  # of all parameters of the optimizer
+    own: list[Group]  # of the group's
+    tensors: list[Any]  # what they hold
     places: list[Any]
+    shapes: list[torch.Size]
 
     def fits(self, optimizer: Optimizer, group: Group) -> bool:
         """Whether nothing but gradients has moved; where they are now is in the launches then."""
@@ -174,17 +155,25 @@ class Plan:
             return False
         if len(state) != len(self.state) or not all(map(is_, state.values(), self.state)):
             return False
-        if self.places != _places(optimizer, group):
+        tensors = _tensors(optimizer, self.own)
+        if not all(map(is_, tensors, self.tensors)) or self.places != _places(params, tensors):
+            return False
+        gs = [p.grad for p in params]
+        if type(None) in set(map(type, gs)) or set(map(_LAYOUT, gs)) != {torch.strided}:
+            return False
+        if not list(map(_SHAPE, gs)) == list(map(_SHAPE, params)) == self.shapes or not all(map(_CONTIGUOUS, gs)):
             return False
         for _, launch, members in self.jobs:
-            gs = [params[i].grad for i in members]
-            if self.sharded:
-                gs = [g if g is None else local(g) for g in gs]
-            for g, (p, *_) in zip(gs, launch.held, strict=True):
-                if g is None or g.is_sparse or not g.is_contiguous() or TYPES.get(g.dtype) != launch.form.types[1] or g.shape != p.shape:
-                    return False
-            launch.set_gradients([g.data_ptr() for g in gs if g is not None])
+            mine = gs if len(members) == len(gs) else [gs[i] for i in members]
+            if {TYPES.get(dtype) for dtype in set(map(_DTYPE, mine))} != {launch.form.types[1]}:
+                return False
+            launch.set_gradients(list(map(_PLACE, mine)))
         return True
+
+
+# In C: of many small tensors, asking takes longer than moving.
+_SHAPE, _LAYOUT, _DTYPE = map(attrgetter, ("shape", "layout", "dtype"))
+_PLACE, _CONTIGUOUS = Tensor.data_ptr, Tensor.is_contiguous
 
 
 def _made_for(optimizer: Optimizer, group: Group) -> tuple[Any, ...]:
@@ -195,85 +184,84 @@ def _made_for(optimizer: Optimizer, group: Group) -> tuple[Any, ...]:
     return (*(group[name] for name in options), *words, *guard)
 
 
-def _places(optimizer: Optimizer, group: Group) -> list[Any]:
-    """Where parameters, what belongs to them, and their records of rows lie, and of which shape they are."""
-    params = group["params"]
-    states = [optimizer.state[p] for p in params]
-    names = [name for name in (*optimizer.buffers, "step") if name in states[0]]
-    found: list[Any] = []
-    for tensors in (params, *([s[name] for s in states] for name in names)):
-        found += [*map(Tensor.data_ptr, tensors), *map(Tensor.is_contiguous, tensors)]
-        found += [(x.shape, x.dtype) for x in tensors]
-    return found
+def _tensors(optimizer: Optimizer, states: list[Group]) -> list[Any]:
+    """What the states hold, in the same order as long as they hold the same."""
+    names = (*optimizer.buffers, "step") if "step" in states[0] else optimizer.buffers
+    return [state.get(name) for name in names for state in states]
 
 
-def _plan(optimizer: Optimizer, group: Group, numbers: Group) -> Plan:
+def _places(params: list[Tensor], tensors: list[Any]) -> list[Any]:
+    """Where they lie, and whether in one piece."""
+    if not all(issubclass(kind, Tensor) for kind in set(map(type, tensors))):
+        return []  # a counter may be a plain number, until it is looked at
+    return [*map(_PLACE, params), *map(_CONTIGUOUS, params), *map(_PLACE, tensors), *map(_CONTIGUOUS, tensors)]
+
+
+def _plan(optimizer: Optimizer, group: Group, numbers: Group, works: list[Work]) -> Plan:
     params: list[Tensor] = list(group["params"])
-    left: list[Tensor] = []
-    parts: dict[Part, list[Item]] = {}
-    # Micro-batches: what is left of a momentum is a tensor's own. Rows: they are others at every step.
-    reusable = group["accumulate"] == 1 and not group["lazy"] and bool(params)
-    index: dict[int, int] = {}
+    left: list[Work] = []
+    parts: dict[Part, list[tuple[Item, Work]]] = {}
     taken: list[tuple[int, int]] = []
-    for i, p in enumerate(params):
-        g = optimizer.raw_gradient(p, group)
-        if g is None:
-            _refuse_capture_without(p)
-            reusable = False
-            continue
-        item = _item(optimizer, p, local(g), group)
-        if item is None or _overlaps(item, taken):
-            left.append(p)
-            reusable = False
-            continue
-        rule, mine = optimizer.part(p, group, numbers)
-        part, item = _part(optimizer, rule, mine, numbers, item)
-        parts.setdefault(part, []).append(item)
-        index[id(item.p)] = i
-        reusable &= p.is_contiguous() and not item.by_rows and not is_sharded(p)
+    for p in params:
+        if p.is_cuda and p.grad is None and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"a CUDA graph must see every gradient, and the parameter of shape {tuple(p.shape)} has none"
+            )
+    for work in works:
+        found = _item(optimizer, group, numbers, work)
+        if found is None or _overlaps(found[1], taken):
+            left.append(work)
+        else:
+            parts.setdefault(found[0], []).append((found[1], work))
     guard = group["shrink"] is not None and getattr(optimizer, "found_inf", None) is None
-    jobs = [
-        (part, launch, [index[id(item.p)] for item in members])
-        for part, items in parts.items()
-        for launch, members in launches(items, guard, group["stochastic_rounding"])
+    jobs: list[tuple[Part, Launch, Any]] = [
+        (part, launch, members)
+        for part, pairs in parts.items()
+        for launch, members in launches(pairs, guard, group["stochastic_rounding"])
     ]
-    return Plan(
-        jobs, left, params, any(map(is_sharded, params)), reusable,
-        made_for=_made_for(optimizer, group), state=list(optimizer.state.values()),
-        places=_places(optimizer, group) if reusable else [],
+    # Of micro-batches, what is left of a momentum is a tensor's own; of lazy steps, the rows are.
+    reusable = bool(params) and len(works) == len(params) and not left and group["accumulate"] == 1
+    reusable = reusable and not group["release_grads"] and all(
+        work.p is work.parameter and work.p.is_contiguous() and not item.by_rows
+        for pairs in parts.values() for item, work in pairs
     )  # fmt: skip
+    if not reusable:
+        return Plan(jobs, left, params, False, (), [], [], [], [], [])
+    index = {id(p): i for i, p in enumerate(params)}
+    jobs = [(part, launch, [index[id(work.p)] for work in members]) for part, launch, members in jobs]
+    own = [optimizer.state[p] for p in params]
+    tensors, states = _tensors(optimizer, own), list(optimizer.state.values())
+    places, shapes = _places(params, tensors), list(map(_SHAPE, params))
+    return Plan(jobs, left, params, True, _made_for(optimizer, group), states, own, tensors, places, shapes)
 
 
-def _part(optimizer: Optimizer, rule: Rule, mine: Group, shared: Group, item: Item) -> tuple[Part, Item]:
-    """What is the tensor's own goes into its line of the table."""
-    own = tuple(name for name in optimizer.own if name in mine)
-    numbers = {name: shared.get(name, x) for name, x in mine.items() if name not in own}
-    known = [mine[name] for name, x in numbers.items() if x in WORDS and mine[name] not in WORDS]
-    item = item._replace(own=tuple(float(mine[name]) for name in own), known=known[0] if known else math.nan)
-    return Part(rule, tuple(numbers.items()), own), item
-
-
-def _item(optimizer: Optimizer, p: Tensor, g: Tensor, group: Group) -> Item | None:
-    """The line of ``p`` in a table; None where the kernels cannot take it."""
-    lazy = g.layout != torch.strided or bool(group["lazy"])
-    whole = {group[name] for name in optimizer.bounds if group[name] in WORDS}
-    if lazy and (group["lazy_momentum"] != "freeze" or group["accumulate"] > 1 or "rms" in whole):
+def _item(optimizer: Optimizer, group: Group, numbers: Group, work: Work) -> tuple[Part, Item] | None:
+    """What a kernel needs for a parameter: what it has in common with others, and its line of a table; None where
+    the kernels cannot take it."""
+    p, g, parameter = work.p, work.g, work.parameter
+    lazy, words = g.layout != torch.strided or bool(group["lazy"]), {x for x in numbers.values() if x in WORDS}
+    if lazy and (group["lazy_momentum"] != "freeze" or group["accumulate"] > 1 or "rms" in words):
         return None  # every row's momentum decays; rows of a cycle are remembered; rows would wait for the matrix
-    by_rows, rows = lazy or ("row_rms" in whole and p.dim() >= 2 and optimizer.is_last(group)), None
+    by_rows, rows = lazy or ("row_rms" in words and p.dim() >= 2 and work.rule is not take), None
     if g.layout != torch.strided:
         rows, g = sparse_rows(p, g)
         if group["lazy"] == "grad":
-            rows = torch.where(moves(g), rows, -1)
+            rows = torch.where(_moves(g), rows, -1)
     elif lazy:
-        mask = recorded_rows(p) if group["lazy"] == "ids" else moves(g)
-        rows = mask.nonzero().squeeze(1) if mask.is_cpu else torch.where(mask, torch.arange(len(mask), device=mask.device), -1)
-    state = optimizer.state_of(p, group)
-    buffers, mine = [local(state[name]) for name in optimizer.buffers], local(p)
+        mask = recorded_rows(parameter) if group["lazy"] == "ids" else _moves(g)
+        rows = torch.where(mask, torch.arange(len(mask), device=mask.device), -1) if mask.is_cuda else mask.nonzero()[:, 0]
     rounded = group["stochastic_rounding"] and p.dtype == torch.bfloat16
-    if not _takes(mine, g, buffers, by_rows) or (mine is not p and rounded):
+    if not _takes(p, g, work.buffers, by_rows) or (p is not parameter and rounded):
         return None  # a kernel's noise follows from the place in what it is given
-    noise = noise_of(group["seed"], optimizer.number(p)) if rounded else 0
-    return Item(mine, g, buffers, state.get("step"), noise, by_rows, rows)
+    # What is the tensor's own goes into its line; the program has a word where that is a number.
+    own = tuple(name for name in optimizer.own if name in work.numbers)
+    shared = {name: numbers.get(name, x) for name, x in work.numbers.items() if name not in (*own, "step")}
+    known = [work.numbers[name] for name, x in shared.items() if x in WORDS and work.numbers[name] not in WORDS]
+    return Part(work.rule, tuple(shared.items()), own), Item(
+        p, g, work.buffers, work.state.get("step"),
+        noise_of(group["seed"], optimizer.number(parameter)) if rounded else 0, by_rows, rows,
+        known=known[0] if known else math.nan, own=tuple(float(work.numbers[name]) for name in own),
+    )  # fmt: skip
 
 
 def _overlaps(item: Item, taken: list[tuple[int, int]]) -> bool:
@@ -287,7 +275,7 @@ def _overlaps(item: Item, taken: list[tuple[int, int]]) -> bool:
     return False
 
 
-def moves(g: Tensor) -> Tensor:
+def _moves(g: Tensor) -> Tensor:
     """Mask [V] of the rows with an entry that is not zero (NaN is not)."""
     return torch.linalg.vector_norm(g, torch.inf, dim=tuple(range(1, g.dim()))) != 0
 
@@ -304,10 +292,3 @@ def _takes(p: Tensor, g: Tensor, buffers: Sequence[Tensor], by_rows: bool) -> bo
     if by_rows or not torch.ops.aten.is_non_overlapping_and_dense(p):
         return False
     return all(x.stride() == p.stride() and x.shape == p.shape for x in (g, *buffers))
-
-
-def _refuse_capture_without(p: Tensor) -> None:
-    if p.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"a CUDA graph must see every gradient, and the parameter of shape {tuple(p.shape)} has none"
-        )

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from minisign.engine.lists import Tensors
-from minisign.engine.roads import Rule
+from minisign.engine.words import Rule
 
 
 def take(p: Any, g: Any, m: Any, *, keep: Any, weight: float) -> None:
@@ -64,6 +64,23 @@ def keep_and_weight(rule: Rule, numbers: Mapping[str, Any]) -> tuple[float, floa
         rule(*(Tensors([x]) for x in (torch.zeros_like(g), g, m)), **_on_host(numbers))
     keep, weight = m.flatten().tolist()
     return keep, weight
+
+
+def is_last(group: Mapping[str, Any]) -> bool:
+    """Whether θ moves at this micro-batch."""
+    return bool(group["micro_step"] + 1 >= group["accumulate"])
+
+
+def due(
+    rule: Rule, p: Tensor, g: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], numbers: Mapping[str, Any]
+) -> tuple[Rule, dict[str, Any], int | None]:
+    """What of a rule is due at this micro-batch, its numbers, and what the state is to note as taken then."""
+    keep, weight = keep_and_weight(rule, numbers)
+    last, taken, before = is_last(group), None, state.get("taken", 0)
+    if not (group["lazy"] or g.is_sparse):  # rows remember by themselves
+        keep, taken = 1.0 if before else keep, 0 if last else before + 1
+    half = {"keep": keep, "weight": weight / group["accumulate"]}
+    return (take_and_move(rule), {**half, **numbers}, taken) if last else (take, half, taken)
 
 
 def why_not_linear(rule: Rule, buffers: int, numbers: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from operator import attrgetter
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -12,11 +13,9 @@ from torch import Tensor
 from minisign.engine import fused, halves, released, roads
 from minisign.engine.contract import ExactOptimizer
 from minisign.engine.options import HOW, Group, Options, check_group, defaults
-from minisign.engine.roads import Guard, Rule, Work
-from minisign.engine.rounding import Noise, noise_of
-from minisign.engine.rows import moving_rows, rows_of_cycle, unite_rows
-from minisign.engine.shards import ask_all, is_sharded, local
-from minisign.engine.words import rms
+from minisign.engine.lazy import step_rows
+from minisign.engine.words import Rule
+from minisign.engine.work import Work, look, numbers_of
 
 Params: TypeAlias = Iterable[Any]
 
@@ -62,9 +61,9 @@ class Optimizer(ExactOptimizer):
 
     rule: ClassVar[Rule]
     buffers: ClassVar[tuple[str, ...]] = ("momentum",)
+    bounds: ClassVar[Mapping[str, tuple[float, float] | None]]
     own: ClassVar[tuple[str, ...]] = ()
     counts: ClassVar[bool] = False
-    bounds: ClassVar[Mapping[str, tuple[float, float]]]
 
     def __init_subclass__(cls) -> None:
         cls.counts = "step" in inspect.signature(cls.rule).parameters
@@ -84,7 +83,59 @@ class Optimizer(ExactOptimizer):
             dtype: of the parameter. given: arguments of the class.
         """
         optimizer = cls([torch.zeros(2, 2, dtype=dtype)], **given)  # type: ignore[call-arg, arg-type]
-        return fused.text(optimizer, optimizer.param_groups[0], device)
+        return fused.text(optimizer, device)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step. ``closure``, if given, evaluates the model again; its loss is returned."""
+        # Renamed in later versions of torch, where the old name warns.
+        check = getattr(self, "_accelerator_graph_capture_health_check", None)
+        (check or self._cuda_graph_capture_health_check)()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if getattr(self, "found_inf", None) is not None and self._leaves_out():
+            return loss
+        with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
+            # All are looked at before anything moves.
+            looked = [(group["fused"] and fused.kept(self, group)) or look(self, group) for group in self.param_groups]
+            for group, works in zip(self.param_groups, looked, strict=True):
+                if group["release_grads"]:
+                    works = released.moving(self, group)
+                if group["fused"]:
+                    works = fused.step(self, group, works)
+                self._move(group, works)
+                group["micro_step"] = (group["micro_step"] + 1) % group["accumulate"]
+        return loss
+
+    def _move(self, group: Group, works: list[Work]) -> None:
+        """The plain roads."""
+        grad_scale = getattr(self, "grad_scale", None)
+        foreach = group["foreach"]
+        if foreach is None:
+            foreach = not group["differentiable"] and all(map(attrgetter("is_cuda"), group["params"]))
+        if group["capturable"] and group["shrink"] is not None:
+            foreach = False  # to learn on a list what is finite is to wait for the device, which a graph cannot
+        dense = []
+        for work in works:
+            if "step" in work.state:
+                work.state["step"] += 1
+            if work.taken is not None:
+                work.state["taken"] = work.taken
+            if grad_scale is not None:
+                work = work._replace(g=work.g * (1 / grad_scale.to(work.g.device)))
+            if group["maximize"]:
+                work = work._replace(g=-work.g)
+            if group["lazy"] or work.g.layout != torch.strided:
+                step_rows(work, group)
+            else:
+                dense.append(work)
+        # In a loop of its own: tensors push what Python needs out of the cache, so do the rest before.
+        if foreach:
+            roads.together(dense)
+        else:
+            for work in dense:
+                roads.one(work)
 
     # --- torch.optim's contract -----------------------------------------------------------------
 
@@ -113,25 +164,9 @@ class Optimizer(ExactOptimizer):
             raise
         released.hook(self, len(self.param_groups) - 1)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step. ``closure``, if given, evaluates the model again; its loss is returned."""
-        # Renamed in later versions of torch, where the old name warns.
-        check = getattr(self, "_accelerator_graph_capture_health_check", None)
-        (check or self._cuda_graph_capture_health_check)()
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if self._leaves_out():
-            return loss
-        with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
-            for group in self.param_groups:  # before anything moves
-                if not fused.keeps_plan(self, group):
-                    self._check_states(group)
-            for group in self.param_groups:
-                self._step_group(group)
-                group["micro_step"] = (group["micro_step"] + 1) % group["accumulate"]
-        return loss
+    def _why_not_linear(self, group: Group) -> str:
+        numbers = numbers_of(self, group) | ({"step": 1.0} if self.counts else {})
+        return halves.why_not_linear(self.rule, len(self.buffers), numbers)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -140,147 +175,18 @@ class Optimizer(ExactOptimizer):
 
     def _leaves_out(self) -> bool:
         """Whether a GradScaler has found an infinite gradient; the kernels on a GPU see to that by themselves."""
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is None:
-            return False
         if any(group["release_grads"] for group in self.param_groups):
             raise RuntimeError(
                 "release_grads=True and a GradScaler exclude each other: gradients went into the momentum "
                 "with a scale on them. Train in bfloat16, which needs no scale, or without release_grads"
             )
-        in_kernels = (g["fused"] and g["accumulate"] == 1 and all(p.is_cuda for p in g["params"]) for g in self.param_groups)
-        return not all(in_kernels) and bool(found_inf.item())
-
-    # --- one group ------------------------------------------------------------------------------
-
-    def _step_group(self, group: Group) -> None:
-        if group["release_grads"]:
-            return released.step(self, group)
-        if group["lazy"] == "ids":
-            for p in group["params"]:
-                if p.grad is not None:
-                    unite_rows(p)
-        ask_all(self, group)
-        params = fused.step(self, group) if group["fused"] else group["params"]
-        numbers, dense = self.numbers(group), []
-        for p in params:
-            g = self.gradient(p, group)
-            if g is None:
-                continue
-            work = self.work(p, g, group, numbers)
-            if group["lazy"] or g.layout != torch.strided:
-                self._step_rows(p, work, group)
-            else:
-                dense.append(work)
-        # In a loop of its own: tensors push what Python needs out of the cache, so do the rest before.
-        if self._use_foreach(group):
-            roads.together(dense)
-        else:
-            for work in dense:
-                roads.one(work)
-        return None
-
-    def _step_rows(self, p: Tensor, work: Work, group: Group) -> None:
-        index, g = moving_rows(p, work.g, group)
-        numbers = {name: rms(work.p) if x == "rms" else x for name, x in work.numbers.items()}  # of the whole
-        left, decays = [1.0] * len(self.buffers), group["lazy_momentum"] == "decay"
-        if group["accumulate"] > 1:
-            keep, last = numbers["keep"], self.is_last(group)
-            index, g, numbers["keep"] = rows_of_cycle(p, self.state[p], index, g, keep, last)
-            left = [keep] if decays and last else left
-        elif decays:
-            left = halves.left(type(self).rule, len(self.buffers), numbers)
-        roads.rows(work._replace(g=g, numbers=numbers), index, left)
-
-    def work(self, p: Tensor, g: Tensor, group: Group, numbers: Group) -> Work:
-        """What a plain road needs to know of a parameter, whose step is counted."""
-        state = self.state_of(p, group)
-        rule, numbers = self.part(p, group, numbers)
-        if "step" in state:
-            state["step"] += 1
-        if self.counts:
-            numbers = {**numbers, "step": state["step"] if group["capturable"] else state["step"].item()}
-        noise = None
-        if group["stochastic_rounding"] and p.dtype == torch.bfloat16:
-            noise = Noise(p, noise_of(group["seed"], self.number(p)), int(state["step"].item()))
-        buffers = [local(state[name]) for name in self.buffers]
-        return Work(rule, local(p), g, buffers, numbers, noise, self.guard(group))
-
-    def part(self, p: Tensor, group: Group, numbers: Group) -> tuple[Rule, Group]:
-        """The rule, or the half of it that is due at this micro-batch, and all its numbers for one parameter."""
-        rule, numbers = type(self).rule, {**numbers, **self.own_numbers(p, group)}
-        if is_sharded(p):
-            sizes = self.cache("whole rms")
-            numbers = {name: sizes.get(p, x) if x == "rms" else x for name, x in numbers.items()}
-        if group["accumulate"] == 1:
-            return rule, numbers
-        state, last = self.state[p], self.is_last(group)
-        keep, weight = halves.keep_and_weight(rule, numbers)
-        if not (group["lazy"] or (p.grad is not None and p.grad.is_sparse)):  # rows remember by themselves
-            keep = 1.0 if state.get("taken") else keep
-            state["taken"] = 0 if last else state.get("taken", 0) + 1
-        half = {"keep": keep, "weight": weight / group["accumulate"]}
-        return (halves.take_and_move(rule), {**half, **numbers}) if last else (halves.take, half)
-
-    def numbers(self, group: Group) -> Group:
-        """The rule's numbers that all parameters of a group share."""
-        found = {name: group[name] for name in self.bounds if name != "betas"}
-        found |= {f"beta{i}": beta for i, beta in enumerate(group.get("betas", ()), start=1)}
-        lr = group["lr"]  # a number, unless a CUDA graph, a kernel or autograd has to see the tensor
-        seen = group["capturable"] or group["differentiable"] or (group["fused"] and lr.is_cuda) if isinstance(lr, Tensor) else True
-        if not seen:
-            found["lr"] = lr.item()
-        return found
-
-    def _check_states(self, group: Group) -> None:
-        """A shape is what the kernels trust an address for."""
-        for i, p in enumerate(group["params"]):
-            state = self.state.get(p, {})
-            for name in self.buffers:
-                b = state.get(name, p)
-                if b.shape != p.shape or torch._debug_has_internal_overlap(local(b)) == 1:
-                    called = group["param_names"][i] if "param_names" in group else f"parameter {i} of its group"
-                    raise ValueError(
-                        f"{called} has shape {tuple(p.shape)}, and its {name} in the state has shape "
-                        f"{tuple(b.shape)} and strides {b.stride()}: a checkpoint of another model or "
-                        "order of parameters, or a parameter that was replaced after a step; make the optimizer anew, "
-                        "or take the parameter's entry out of its state"
-                    )
+        in_kernels = (
+            group["fused"] and group["accumulate"] == 1 and all(p.is_cuda for p in group["params"])
+            for group in self.param_groups
+        )  # fmt: skip
+        return not all(in_kernels) and bool(self.found_inf.item())  # type: ignore[attr-defined]
 
     # --- what the roads ask for -----------------------------------------------------------------
-
-    def gradient(self, p: Tensor, group: Group) -> Tensor | None:
-        """What to descend along, on this process's rows; None leaves the parameter alone."""
-        g = self.raw_gradient(p, group)
-        if g is None:
-            return None
-        g, grad_scale = local(g), getattr(self, "grad_scale", None)
-        if grad_scale is not None:
-            g = g * (1 / grad_scale.to(g.device))
-        return -g if group["maximize"] else g
-
-    def raw_gradient(self, p: Tensor, group: Group) -> Tensor | None:
-        """As autograd left it; zero where there was one earlier in a cycle of micro-batches that ends now."""
-        if p.grad is None and group["accumulate"] > 1 and self.is_last(group):
-            if self.state[p].get("taken"):
-                return torch.zeros_like(p)
-            if "taken_rows" in self.state[p] and self.state[p]["taken_rows"].any():
-                none, empty = p.new_empty((1, 0), dtype=torch.int64), p.new_empty((0, *p.shape[1:]))
-                return torch.sparse_coo_tensor(none, empty, p.shape, check_invariants=False)
-        return p.grad
-
-    def state_of(self, p: Tensor, group: Group) -> Group:
-        state = self.state[p]
-        if not state:
-            for name in self.buffers:
-                state[name] = torch.zeros_like(p, dtype=group["state_dtype"], memory_format=torch.preserve_format)
-        if self.counts or group["stochastic_rounding"]:
-            # On the device only where a CUDA graph or a kernel must see it: elsewhere reading would wait.
-            device = p.device if group["capturable"] or group["fused"] else torch.device("cpu")
-            step = state.get("step", 0.0)
-            if not isinstance(step, Tensor) or step.device != device or step.dtype != torch.float32:
-                state["step"] = torch.as_tensor(step, dtype=torch.float32, device=device).clone()
-        return state
 
     def number(self, p: Tensor) -> int:
         """The place of ``p`` among the optimizer's parameters."""
@@ -295,26 +201,3 @@ class Optimizer(ExactOptimizer):
         """What can be made again at any time, and so is part of no copy and no checkpoint."""
         caches: dict[Any, dict[Any, Any]] = self.__dict__.setdefault("_caches", {})
         return caches.setdefault(of, {})
-
-    def guard(self, group: Group) -> Guard | None:
-        return None if group["shrink"] is None else Guard(group["shrink"], group["center"])
-
-    def is_last(self, group: Group) -> bool:
-        """Whether θ moves at this micro-batch."""
-        return bool(group["micro_step"] + 1 >= group["accumulate"])
-
-    def keep_and_weight(self, group: Group) -> tuple[float, float]:
-        """Of the momentum, and of one micro-batch's gradient in it."""
-        keep, weight = halves.keep_and_weight(type(self).rule, self.numbers(group))
-        return keep, weight / group["accumulate"]
-
-    def _why_not_linear(self, group: Group) -> str:
-        numbers = self.numbers(group) | ({"step": 1.0} if self.counts else {})
-        return halves.why_not_linear(type(self).rule, len(self.buffers), numbers)
-
-    def _use_foreach(self, group: Group) -> bool:
-        if group["capturable"] and group["shrink"] is not None:
-            return False  # to learn on a list what is finite is to wait for the device, which a graph cannot
-        if group["foreach"] is None:
-            return not group["differentiable"] and all(p.is_cuda for p in group["params"])
-        return bool(group["foreach"])

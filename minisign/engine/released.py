@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from minisign.engine import fused, roads
-from minisign.engine.halves import move, take
+from minisign.engine import roads
+from minisign.engine.halves import is_last, keep_and_weight, move, take
+from minisign.engine.work import Group, Guard, Work, look, new_state, numbers_of
 
 if TYPE_CHECKING:
-    from minisign.engine.optimizer import Group, Optimizer
+    from minisign.engine.optimizer import Optimizer
 
 
 def hook(optimizer: Optimizer, number: int) -> None:
@@ -37,26 +38,24 @@ def hook(optimizer: Optimizer, number: int) -> None:
             hooked[p] = p.register_post_accumulate_grad_hook(take_in)
 
 
-def step(optimizer: Optimizer, group: Group) -> None:
-    """What is left for a step: θ moves by m, or shrinks."""
+def moving(optimizer: Optimizer, group: Group) -> list[Work]:
+    """What is left for a step: weights whose gradient was not finite shrink here, the others' work is given."""
     for p in group["params"]:
         _take_in(optimizer, p, group)  # a gradient that did not come by way of backward
-    cache, last, guard = optimizer.cache("bad"), optimizer.is_last(group), optimizer.guard(group)
+    cache, last = optimizer.cache("bad"), is_last(group)
+    guard = Guard(group["shrink"], group["center"])
     flags = {p: cache.pop(p, []) for p in group["params"]}
-    moving = []
+    found = []
     for p, bad in zip(flags, _any_of_each(list(flags.values())), strict=True):
-        if bad and guard is not None:
+        if bad:
             p.copy_(guard.shrunk(p.to(torch.promote_types(p.dtype, torch.float32))))
         elif last and optimizer.state.get(p, {}).get("taken"):
-            moving.append(p)
+            found.append(p)
         if last and p in optimizer.state:
             optimizer.state[p]["taken"] = 0
-    if group["fused"]:
-        moving = fused.move_all(optimizer, moving, group)
-    for p in moving:
-        # p in place of a gradient that is gone, and not read
-        work = optimizer.work(p, p.detach(), {**group, "accumulate": 1}, optimizer.numbers(group))
-        roads.one(work._replace(rule=move(work.rule), guard=None))
+    # p in place of a gradient that is gone, and not read
+    ones = [(p, p.detach()) for p in found]
+    return [x._replace(rule=move(x.rule), guard=None) for x in look(optimizer, {**group, "accumulate": 1}, ones)]
 
 
 def _take_in(optimizer: Optimizer, p: Tensor, group: Group) -> None:
@@ -70,12 +69,13 @@ def _take_in(optimizer: Optimizer, p: Tensor, group: Group) -> None:
             f"release_grads=True takes dense gradients, got layout {g.layout} for a parameter of shape "
             f'{tuple(p.shape)}; give its group "release_grads": False'
         )
-    state = optimizer.state_of(p, group)
-    keep, weight = optimizer.keep_and_weight(group)
+    state = optimizer.state[p] or new_state(optimizer, p, group)
+    keep, weight = keep_and_weight(optimizer.rule, numbers_of(optimizer, group))
     keep = 1.0 if state.get("taken") else keep
     state["taken"] = state.get("taken", 0) + 1
     (m,) = (state[name] for name in optimizer.buffers)
-    bad = take_and_free(m, -g if group["maximize"] else g, keep, weight, group["shrink"] is not None)
+    g = -g if group["maximize"] else g
+    bad = take_and_free(m, g, keep, weight / group["accumulate"], group["shrink"] is not None)
     # θ shrinks in step(): here it may still be in use.
     optimizer.cache("bad").setdefault(p, []).append(bad)
 

@@ -12,57 +12,52 @@ kernels is in fused.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from minisign.engine.lists import Tensors
-from minisign.engine.rounding import Noise
+from minisign.engine.work import Work
 
-Rule: TypeAlias = Callable[..., None]
 WIDE = {torch.float32, torch.float64}  # what arithmetic is done in
+_DTYPE = attrgetter("dtype")
 
 
-class Guard(NamedTuple):
-    """Where a gradient is not finite, buffers stay and θ ← (θ − center) shrink + center."""
-
-    shrink: float
-    center: float
-
-    def shrunk(self, p: Tensor) -> Tensor:
-        return (p - self.center).mul_(self.shrink).add_(self.center)
-
-
-class Work(NamedTuple):
-    """One parameter in a step, on this process."""
-
-    rule: Rule
-    p: Tensor
-    g: Tensor  # as p, or as its rows that are given
-    buffers: list[Tensor]  # as p
-    numbers: Mapping[str, Any]
-    noise: Noise | None  # None: what is widened is rounded to the nearest
-    guard: Guard | None
-
-
-def one(work: Work) -> None:
-    tensors = [work.p, work.g, *work.buffers]
-    wide = _wide(tensors)
-    if all(x.dtype == wide for x in tensors):
-        _carry_out(work, tensors)
+def one(work: Work, index: Tensor | None = None) -> None:
+    """``index`` [U]: of a work on rows that were gathered, which they are."""
+    own = [work.p, work.g, *work.buffers]
+    tensors = own
+    if len(set(map(_DTYPE, own))) > 1 or work.p.dtype not in WIDE:
+        wide = _wide(own)
+        tensors = [x.to(wide) for x in own]
+    p, g, *buffers = tensors
+    before: list[Tensor] = []
+    if work.guard is not None and p.is_cpu and not all_finite(g, buffers[0]):
+        p.copy_(work.guard.shrunk(p))
     else:
-        values = [x.to(wide) for x in tensors]
-        _carry_out(work, values)
-        _write_back(work, values)
+        if work.guard is not None and not p.is_cpu:  # without waiting for the device to say whether g is finite
+            before = [work.guard.shrunk(p), *(b.clone() for b in buffers)]
+        for x in work.numbers.values():
+            if isinstance(x, Tensor) or x == "row_rms" or (x == "rms" and not p.is_cpu):
+                tensors = [Tensors([x]) for x in tensors]  # in which factors may be tensors
+                break
+        work.rule(*tensors, **work.numbers)
+    if before:
+        finite = torch.isfinite(g).all()
+        for x, old in zip((p, *buffers), before, strict=True):
+            x.copy_(torch.where(finite, x, old))
+    if p is not work.p:
+        _write_back(work, [p, *buffers], index)
 
 
 def together(works: Sequence[Work]) -> None:
     """All at once; torch's multi-tensor kernels want one device and dtype each, and a rule one set of numbers."""
     kinds: dict[Any, list[Work]] = {}
     for work in _without_bad(works):
-        dtypes = (x.dtype for x in (work.p, work.g, *work.buffers))
+        dtypes = map(_DTYPE, (work.p, work.g, *work.buffers))
         numbers = tuple(id(x) if isinstance(x, Tensor) else x for x in work.numbers.values())
         kinds.setdefault((work.rule, work.p.device, *dtypes, numbers), []).append(work)
     for members in kinds.values():
@@ -71,47 +66,26 @@ def together(works: Sequence[Work]) -> None:
         values = [Tensors([x.to(wide) for x in column]) for column in columns]  # themselves, if they are wide
         members[0].rule(*values, **members[0].numbers)
         for i, work in enumerate(members):
-            _write_back(work, [x.tensors[i] for x in values])
+            if values[0].tensors[i] is not work.p:
+                _write_back(work, [x.tensors[i] for j, x in enumerate(values) if j != 1], None)
 
 
 def rows(work: Work, index: Tensor, left: Sequence[float]) -> None:
-    """Those at ``index`` [U] only, each once; of the others' buffers so much is ``left``."""
-    wide = _wide([work.p, work.g, *work.buffers])
-    mine = [x[index].to(wide) for x in (work.p, *work.buffers)]
-    _carry_out(work, [mine[0], work.g.to(wide), *mine[1:]])
+    """Those at ``index`` [U] only, each once, with ``work.g`` [U, …]; of the others' buffers so much is ``left``."""
+    mine = [x[index] for x in (work.p, *work.buffers)]
     for b, rate in zip(work.buffers, left, strict=True):
         if rate != 1:
             b.mul_(rate)
+    one(work._replace(p=mine[0], buffers=mine[1:]), index)
     for x, new in zip((work.p, *work.buffers), mine, strict=True):
-        rounded = work.noise.rounded(new, index) if work.noise and x is work.p else new.to(x.dtype)
-        x.index_copy_(0, index, rounded)
+        x.index_copy_(0, index, new)
 
 
-def _carry_out(work: Work, tensors: list[Tensor]) -> None:
-    """The rule on tensors that are all float32 or all float64."""
-    p, g, *buffers = tensors
-    before: list[Tensor] = []
-    if work.guard is not None:
-        if p.is_cpu and not all_finite(g, buffers[0]):
-            p.copy_(work.guard.shrunk(p))
-            return
-        if not p.is_cpu:  # the same without waiting for the device to say whether g is finite
-            before = [work.guard.shrunk(p), *(b.clone() for b in buffers)]
-    if any(isinstance(x, Tensor) or x == "row_rms" or (x == "rms" and not p.is_cpu) for x in work.numbers.values()):
-        work.rule(*(Tensors([x]) for x in tensors), **work.numbers)
-    else:
-        work.rule(*tensors, **work.numbers)
-    if before:
-        finite = torch.isfinite(g).all()
-        for x, old in zip((p, *buffers), before, strict=True):
-            x.copy_(torch.where(finite, x, old))
-
-
-def _write_back(work: Work, values: Sequence[Tensor]) -> None:
-    """Where they are not the tensors themselves."""
-    for x, value in zip((work.p, work.g, *work.buffers), values, strict=True):
-        if x is not value and x is not work.g:
-            x.copy_(work.noise.rounded(value, None) if work.noise and x is work.p else value)
+def _write_back(work: Work, values: Sequence[Tensor], index: Tensor | None) -> None:
+    """What was computed with wider tensors."""
+    for x, value in zip((work.p, *work.buffers), values, strict=True):
+        if x is not value:
+            x.copy_(work.noise.rounded(value, index) if work.noise and x is work.p else value)
 
 
 def _without_bad(works: Sequence[Work]) -> Sequence[Work]:
@@ -129,7 +103,7 @@ def _without_bad(works: Sequence[Work]) -> Sequence[Work]:
     for work in guarded:
         if id(work) in bad and work.guard is not None:
             wide = work.p.to(_wide([work.p]))
-            _write_back(work, [work.guard.shrunk(wide), work.g, *work.buffers])
+            _write_back(work, [work.guard.shrunk(wide), *work.buffers], None)
     return [work for work in works if id(work) not in bad]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from minisign.engine.shards import first_row, groups_of, is_sharded, like_rows, local
+from minisign.engine.shards import first_row, groups_of, is_sharded, local
 
 
 @dataclass
@@ -136,56 +135,3 @@ def _record(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
     if module.padding_idx is not None:
         mask[module.padding_idx] = False
 
-
-# --- which rows a lazy step moves -------------------------------------------------------------------
-
-
-def moving_rows(p: Tensor, g: Tensor, group: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Indices [U], sorted, of the rows that a lazy or sparse step moves, and their gradient [U, …]."""
-    if g.layout != torch.strided:
-        rows, values = sparse_rows(p, g)
-        if group["lazy"] == "grad":
-            keep = nonzero_rows(values)
-            rows, values = rows[keep], values[keep]
-        return rows, values
-    rows = take_rows(p) if group["lazy"] == "ids" else nonzero_rows(g)
-    return rows, g[rows]
-
-
-def sparse_rows(p: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows [U] of a sparse gradient, each once, and their values [U, …]."""
-    if g.layout != torch.sparse_coo or g.sparse_dim() != 1:
-        raise RuntimeError(
-            "minisign takes dense gradients and those of nn.Embedding(sparse=True), "
-            f"got layout {g.layout} for a parameter of shape {tuple(p.shape)}"
-        )
-    # Duplicates must be added up before the sign: sign(a) + sign(b) is not sign(a + b).
-    g = g.coalesce()
-    return g.indices()[0], g.values()
-
-
-def nonzero_rows(g: Tensor) -> Tensor:
-    """Indices of the rows of ``g`` [V, ...] with an entry that is not zero (NaN is not zero)."""
-    return g.ne(0).flatten(1).any(1).nonzero().squeeze(1)
-
-
-def rows_of_cycle(
-    p: Tensor, state: dict[str, Any], rows: Tensor, g: Tensor, keep: float, is_last: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, their gradient, and what their momentum keeps at one of several micro-batches.
-
-    A row's momentum decays when a cycle first touches it, and all rows of the cycle move at its end.
-    """
-    if "taken_rows" not in state:
-        state["taken_rows"] = like_rows(p, (len(p),), torch.bool)
-    taken = local(state["taken_rows"])
-    before = taken.clone()
-    taken[rows] = True
-    if is_last:  # `rows` and `cycle` are sorted
-        cycle = taken.nonzero().squeeze(1)
-        sums = g.new_zeros((len(cycle), *p.shape[1:]))
-        sums[torch.searchsorted(cycle, rows)] = g
-        rows, g = cycle, sums
-        taken.zero_()
-    kept = torch.full((len(rows),), keep, dtype=g.dtype, device=g.device).masked_fill(before[rows], 1.0)
-    return rows, g, kept.view(-1, *[1] * (p.dim() - 1))

@@ -87,7 +87,7 @@ def ask_all(optimizer: Any, group: dict[str, Any]) -> None:
     """Of parameters in pieces: is the whole gradient finite, and how large is the whole tensor; in one
     exchange for all of them."""
     params = [p for p in group["params"] if is_sharded(p) and p.grad is not None]
-    sized = optimizer.is_last(group) and "rms" in group.values()
+    sized = group["micro_step"] + 1 >= group["accumulate"] and "rms" in group.values()
     guarded = group["shrink"] is not None
     if not params or not (guarded or sized):
         return

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+Rule: TypeAlias = Callable[..., None]  # rule(p, g, *buffers, **numbers): one step in place
 WORDS = ("rms", "row_rms")
 
 

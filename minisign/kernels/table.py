@@ -91,13 +91,18 @@ class Launch:
         self.table[1 :: self.width] = array("q", addresses)
 
 
-def launches(items: Sequence[Item], guard: bool, rounded: bool) -> list[tuple[Launch, list[Item]]]:
-    """``items`` by device and form, without empty ones."""
-    kinds: dict[Any, list[Item]] = {}
-    for item in items:
+def launches(
+    pairs: Sequence[tuple[Item, Any]], guard: bool, rounded: bool
+) -> list[tuple[Launch, list[Any]]]:
+    """Items by device and form, without empty ones, and with each launch what came with its items."""
+    kinds: dict[Any, list[tuple[Item, Any]]] = {}
+    for item, other in pairs:
         if item.p.numel() and (item.rows is None or len(item.rows)):
-            kinds.setdefault((item.form(guard, rounded), item.p.device), []).append(item)
-    return [(Launch(form, members), members) for (form, _), members in kinds.items()]
+            kinds.setdefault((item.form(guard, rounded), item.p.device), []).append((item, other))
+    return [
+        (Launch(form, [item for item, _ in members]), [other for _, other in members])
+        for (form, _), members in kinds.items()
+    ]
 
 
 @dataclass(frozen=True)

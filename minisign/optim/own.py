@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from minisign.engine.optimizer import Optimizer, Params
-from minisign.engine.roads import Rule
+from minisign.engine.words import Rule
 from minisign.kernels.trace import DOUBLE, Untraceable, trace
 
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from minisign.engine.optimizer import Options, Optimizer, Params
+from minisign.engine.optimizer import Optimizer, Params
+from minisign.engine.options import Options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -36,7 +36,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from minisign.engine.optimizer import Group, Options, Optimizer, Params
+from minisign.engine.optimizer import Optimizer, Params
+from minisign.engine.options import Group, Options
 from minisign.engine.words import rms
 
 if TYPE_CHECKING:

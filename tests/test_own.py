@@ -1,0 +1,377 @@
+"""Optimizers of one's own: each against its oracle, and on every road."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import os
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from own_rules import MOMENTUM, OWN, SMOOTH, Adan, CautiousDecay, HeavyBall, Nesterov, RelativeBall, RmsProp, heavy_ball
+from torch import Tensor, nn
+
+from minisign import AdamW, Lion, Signum, Tiger, optimizer, param_groups, track_rows
+from minisign.kernels.table import FMA_ON_CPU
+
+CLASSES = pytest.mark.parametrize("cls", OWN, ids=lambda cls: cls.__name__)
+ROADS: dict[str, dict[str, Any]] = {"foreach": {"foreach": True}, "cpu": {"fused": "cpu"}}
+if os.environ["TRITON_INTERPRET"] == "1":
+    ROADS["interpreted"] = {"fused": "triton"}
+SHAPES = [(7, 5), (6,), (), (0, 3), (3, 2, 2), (1023,), (1025,), (33, 32)]
+
+
+def parameters(dtype: torch.dtype = torch.float32, shapes: Any = SHAPES) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(1)
+    return [nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)) for shape in shapes]
+
+
+def gradients(t: int, shapes: Any = SHAPES) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(100 + t)
+    found = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    return [g * (torch.rand(g.shape, generator=generator) > 0.2) for g in found]
+
+
+def train(cls: Any, steps: int, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Any, list[Tensor]]:
+    ps = parameters(dtype)
+    made = cls(ps, **options)
+    for t in range(steps):
+        for p, g in zip(ps, gradients(t), strict=True):
+            p.grad = g.to(dtype)
+        made.step()
+    return made, [p.detach() for p in ps]
+
+
+def assert_close(cls: Any, found: list[Tensor], expected: list[Tensor], ulps: float) -> None:
+    for a, b in zip(found, expected, strict=True):
+        if cls in SMOOTH:
+            allowed = ulps * torch.finfo(a.dtype).eps * torch.maximum(b.float().abs(), torch.tensor(0.01))
+            assert bool(((a.float() - b.float()).abs() <= allowed).all()), (a.float() - b.float()).abs().max()
+        else:
+            assert torch.equal(a, b)
+
+
+@CLASSES
+@pytest.mark.parametrize("foreach", [False, True])
+def test_what_its_paper_says(cls: Any, foreach: bool) -> None:
+    made, found = train(cls, 20, torch.float64, foreach=foreach)
+    for i, (p, own) in enumerate(zip(parameters(torch.float64), found, strict=True)):
+        value = p.detach().numpy().copy()
+        buffers = [np.zeros_like(value) for _ in made.buffers]
+        if value.size:
+            for t in range(20):
+                OWN[cls](value, gradients(t)[i].numpy(), buffers, t + 1)
+        np.testing.assert_allclose(own.numpy(), value, rtol=1e-12, atol=1e-12)
+
+
+@CLASSES
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_road(cls: Any, road: str, dtype: torch.dtype) -> None:
+    steps = 6 if road == "interpreted" else 30
+    _, plain = train(cls, steps, dtype)
+    _, other = train(cls, steps, dtype, **ROADS[road])
+    assert_close(cls if road != "foreach" else None, other, plain, 8 * steps if FMA_ON_CPU else 64 * steps)
+
+
+@CLASSES
+@pytest.mark.skipif("interpreted" not in ROADS, reason="needs Triton's interpreter")
+def test_both_languages_say_the_same(cls: Any) -> None:
+    _, one = train(cls, 6, fused="cpu")
+    _, other = train(cls, 6, fused="triton")
+    if cls.__name__ == "SoftLion":  # tanh is the C library's there
+        return assert_close(cls, other, one, 64)
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a, b)
+
+
+@CLASSES
+@pytest.mark.parametrize("road", ["plain", *ROADS])
+@pytest.mark.parametrize("lazy", ["grad", "ids", "sparse"])
+def test_rows(cls: Any, road: str, lazy: str) -> None:
+    """Rows that take part move as the oracle says, alone; the others keep their bits."""
+    if cls is RelativeBall:
+        cls = lambda ps, **own: RelativeBall(ps, over="row_rms", **own)  # noqa: E731
+    generator = torch.Generator().manual_seed(0)
+    embedding = nn.Embedding(9, 4, sparse=lazy == "sparse", dtype=torch.float32)
+    plain = nn.Embedding.from_pretrained(embedding.weight.detach().clone(), freeze=False)
+    if lazy == "ids":
+        track_rows(embedding)
+    given = {} if lazy == "sparse" else {"lazy": lazy}
+    made, dense = cls([embedding.weight], **given, **ROADS.get(road, {})), cls([plain.weight])
+    buffers = made.buffers
+    for _ in range(5):
+        ids = torch.randint(0, 9, (6,), generator=generator)
+        weights = torch.randn(6, 4, generator=generator)
+        for e in (embedding, plain):
+            e.zero_grad()
+            (e(ids) * weights).sum().backward()
+        before = [embedding.weight.detach().clone(), *(made.state[embedding.weight].get(b) for b in buffers)]
+        kept = plain.weight.detach().clone(), {b: x.clone() for b, x in dense.state[plain.weight].items()}
+        made.step()
+        dense.step()
+        absent = torch.ones(9, dtype=torch.bool).index_fill(0, ids, False)
+        with torch.no_grad():  # what a step on the whole matrix did to absent rows is undone
+            plain.weight[absent] = kept[0][absent]
+            for b in buffers:
+                dense.state[plain.weight][b][absent] = kept[1].get(b, torch.zeros(9, 4))[absent]
+        after = [embedding.weight.detach(), *(made.state[embedding.weight][b] for b in buffers)]
+        for old, new in zip(before, after, strict=True):
+            assert torch.equal((torch.zeros(9, 4) if old is None else old)[absent], new[absent])
+        torch.testing.assert_close(embedding.weight, plain.weight, rtol=1e-5, atol=1e-6)
+
+
+@CLASSES
+def test_resumed_and_copied(cls: Any) -> None:
+    made, unbroken = train(cls, 8, fused=True)
+    half, values = train(cls, 4)
+    file = io.BytesIO()
+    torch.save(half.state_dict(), file)
+    file.seek(0)
+    for copied in (False, True):
+        ps = [nn.Parameter(v.clone()) for v in values]
+        resumed = cls(ps, fused=True)
+        resumed.load_state_dict(torch.load(file, weights_only=True))
+        file.seek(0)
+        if copied:
+            resumed, ps = copy.deepcopy((resumed, ps))
+        for t in range(4, 8):
+            for p, g in zip(ps, gradients(t), strict=True):
+                p.grad = g.float()
+            resumed.step()
+        assert_close(cls, [p.detach() for p in ps], unbroken, 64)
+
+
+def test_it_is_an_optimizer_class() -> None:
+    assert HeavyBall.__name__ == "HeavyBall"
+    assert HeavyBall.__module__ == "own_rules"
+    ps = parameters()
+    made = pickle.loads(pickle.dumps(HeavyBall(ps, lr=0.5, lazy=False)))
+    assert isinstance(made, torch.optim.Optimizer)
+    assert made.param_groups[0]["lr"] == 0.5
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))
+    groups = HeavyBall(param_groups(model, embedding={"lazy": "grad", "lr": 0.1}), fused=True).param_groups
+    assert [(g["kind"], g["lazy"], g["lr"]) for g in groups][0] == ("embedding", "grad", 0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"lr": -1.0}, ValueError, r"Invalid learning rate: -1\.0"),
+        ({"beta": 1.0}, ValueError, r"Invalid beta: 1\.0 \(must be in \[0, 1\)\)"),
+        ({"beta": "rms "}, ValueError, "unknown beta 'rms '"),
+        ({"beta": None}, TypeError, "beta must be a number, got None"),
+        ({"gamma": 1.0}, TypeError, "unknown option 'gamma': choose from lr, beta, lazy"),
+    ],
+)
+def test_bad_numbers(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        HeavyBall(parameters(), **options)
+
+
+def test_bounds_of_ones_own() -> None:
+    made = optimizer(heavy_ball, buffers=MOMENTUM, bounds={"beta": (0.0, 2.0)}, lr=0.1, beta=1.5)
+    made(parameters())
+    with pytest.raises(ValueError, match=r"Invalid beta: 2\.5 \(must be in \[0, 2\)\)"):
+        made(parameters(), beta=2.5)
+
+
+# --- what a rule may not do -----------------------------------------------------------------------
+
+
+def unknown(p: Tensor, g: Tensor, *, lr: float) -> None:
+    p.sub_(g.erf(), alpha=lr)
+
+
+def branching(p: Tensor, g: Tensor, *, lr: float) -> None:
+    if g.abs() > 1:
+        p.sub_(g, alpha=lr)
+
+
+def greedy(p: Tensor, g: Tensor, *, lr: float) -> None:
+    g.sign_()
+    p.sub_(g, alpha=lr)
+
+
+def test_what_the_kernels_do_not_know_runs_on_the_plain_roads() -> None:
+    cls = optimizer(unknown, lr=0.1)
+    for road in ({}, {"foreach": True}):
+        _, (p, *_) = train(cls, 1, **road)
+        expected = parameters()[0] - 0.1 * torch.erf(gradients(0)[0].float())
+        torch.testing.assert_close(p, expected.detach())
+    with pytest.raises(RuntimeError, match=r"line \d+ of .*test_own\.py, `p\.sub_\(g\.erf\(\), alpha=lr\)` uses erf"):
+        cls(parameters(), fused=True)
+
+
+def test_choosing_by_a_tensors_values_is_an_error() -> None:
+    with pytest.raises(TypeError, match=r"`if g\.abs\(\) > 1:` depends on a tensor's values; .* torch\.where"):
+        optimizer(branching, lr=0.1)
+
+
+def test_the_gradient_is_left_as_it_is() -> None:
+    with pytest.raises(TypeError, match=r"`g\.sign_\(\)` changes the gradient"):
+        optimizer(greedy, lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(buffers=(), lr=1.0, beta=0.9), r"has 1 buffers after p and g, and buffers=\(\) names 0"),
+        (dict(buffers=MOMENTUM, lr=1.0), r"takes beta, which has no default"),
+        (dict(buffers=MOMENTUM, lr=1.0, beta=0.9, eps=1.0), "has no argument eps"),
+    ],
+)
+def test_arguments_must_be_those_of_the_rule(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        optimizer(heavy_ball, **given)
+
+
+# --- halves ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("road", ["plain", *ROADS])
+@pytest.mark.parametrize("cls", [HeavyBall, Signum], ids=lambda cls: cls.__name__)
+def test_micro_batches_without_a_buffer(cls: Any, road: str) -> None:
+    """Three micro-batches are one step on their mean; one that is not finite shrinks the weights."""
+    ps, qs = parameters(), parameters()
+    one, other = cls(ps, lr=0.01), cls(qs, lr=0.01, accumulate=3, shrink=0.9, **ROADS.get(road, {}))
+    for t in range(4):
+        gs = [gradients(3 * t + i) for i in range(3)]
+        for i in range(3):
+            for q, g in zip(qs, gs[i], strict=True):
+                q.grad = g.float()
+            other.step()
+        for j, p in enumerate(ps):
+            p.grad = (sum(g[j] for g in gs) / 3).float()
+        one.step()
+    tolerance = 1e-6 if cls is HeavyBall else 0.021  # a sign may turn where the mean is almost zero
+    for p, q in zip(ps, qs, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=tolerance)
+    before = [q.detach().clone() for q in qs]
+    for q in qs:
+        q.grad = torch.full_like(q, math.nan)
+    other.step()
+    for b, q in zip(before, qs, strict=True):
+        torch.testing.assert_close(q.detach(), 0.9 * b, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_released_gradients(fused: bool) -> None:
+    nets = [nn.Linear(4, 3) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    made = [HeavyBall(n.parameters(), release_grads=i == 1, fused=fused) for i, n in enumerate(nets)]
+    for t in range(5):
+        x = torch.randn(6, 4, generator=torch.Generator().manual_seed(t))
+        for net, opt in zip(nets, made, strict=True):
+            net(x).square().mean().backward()
+            opt.step()
+            opt.zero_grad()
+        assert all(p.grad is None for p in nets[1].parameters())
+    for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize(
+    ("cls", "reason"),
+    [
+        (Lion, "moves by more than the momentum"),
+        (Nesterov, "moves by more than the momentum"),
+        (RmsProp, "has a momentum that is not linear in the gradient"),
+        (AdamW, "has 2 buffers and counts its steps"),
+        (Adan, "has 4 buffers and counts its steps"),
+        (CautiousDecay, "moves by more than the momentum"),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+@pytest.mark.parametrize("option", [{"accumulate": 2}, {"shrink": 0.9}, {"release_grads": True}], ids=str)
+def test_who_cannot_refuses_with_the_reason(cls: Any, reason: str, option: dict[str, Any]) -> None:
+    ((name, value),) = option.items()
+    with pytest.raises(ValueError, match=f"{cls.__name__} takes no {name}={value}: its rule {reason}"):
+        cls(parameters(), **option)
+
+
+# --- shapes before pointers -----------------------------------------------------------------------
+
+
+def of_another_vocabulary(p: nn.Parameter, made: Any) -> None:
+    made.state[p]["momentum"] = torch.zeros(12, 4)
+
+
+def replaced(p: nn.Parameter, made: Any) -> None:
+    p.data = torch.zeros(64, 4)
+    p.grad = torch.ones(64, 4)
+
+
+def smaller_at_the_same_place(p: nn.Parameter, made: Any) -> None:
+    p.data = p.data[:3]
+    p.grad = torch.ones(3, 4)
+
+
+def of_another_order(p: nn.Parameter, made: Any) -> None:
+    made.state[p]["momentum"] = made.state[p]["momentum"].view(4, 8)
+
+
+def expanded(p: nn.Parameter, made: Any) -> None:
+    made.state[p]["momentum"] = torch.zeros(1, 4).expand(8, 4)
+
+
+@pytest.mark.parametrize("wrong", [of_another_vocabulary, replaced, smaller_at_the_same_place, of_another_order, expanded])
+@pytest.mark.parametrize("road", ["plain", *ROADS])
+@pytest.mark.parametrize("lazy", [False, "grad"])
+def test_shapes_are_checked_before_anything_moves(wrong: Any, road: str, lazy: Any) -> None:
+    first, p = nn.Parameter(torch.ones(5, 3)), nn.Parameter(torch.ones(8, 4))
+    made = Tiger(
+        [{"params": [("first", first)]}, {"params": [("table", p)], "lazy": lazy}], scale=1.0, **ROADS.get(road, {})
+    )
+    for _ in range(2):
+        for x in (first, p):
+            x.grad = torch.ones_like(x)
+        made.step()
+    wrong(p, made)
+    before = [x.detach().clone() for x in (first, p)]
+    with pytest.raises(ValueError, match=r"table has shape \(\d+, 4\), and its momentum in the state has shape"):
+        made.step()
+    for x, old in zip((first, p), before, strict=True):
+        assert torch.equal(x, old)
+
+
+@pytest.mark.parametrize("road", ["plain", *ROADS])
+def test_other_strides_and_dtypes_of_a_state_and_shared_memory_are_seen(road: str) -> None:
+    results = []
+    for own in ({}, ROADS.get(road, {})):
+        memory = torch.ones(2, 6, 4)
+        ps = [nn.Parameter(memory[0, :4]), nn.Parameter(memory[0, 2:]), nn.Parameter(torch.ones(4, 4))]
+        made = Lion(ps, lr=0.1, **own)
+        for t in range(8):
+            for i, p in enumerate(ps):
+                p.grad = torch.full_like(p, (-1.0) ** (t + i)) * torch.arange(4.0)
+            if t == 3:
+                made.state[ps[2]]["momentum"] = torch.arange(16.0).view(4, 4).t()
+            if t == 5:
+                made.state[ps[2]]["momentum"] = made.state[ps[2]]["momentum"].contiguous().bfloat16()
+            made.step()
+        results.append([p.detach().clone() for p in ps])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("road", ["plain", *ROADS])
+@pytest.mark.parametrize(
+    "step", [7, 7.0, torch.tensor(7), torch.tensor(7, dtype=torch.int32), torch.tensor(7.0, dtype=torch.float64)]
+)
+def test_a_counter_of_any_kind_is_read_rightly(road: str, step: Any) -> None:
+    made, ps = [], []
+    for counter in (torch.tensor(7.0), step):
+        p = nn.Parameter(torch.ones(3, 3))
+        made.append(AdamW([p], **ROADS.get(road, {})))
+        p.grad = torch.ones(3, 3)
+        made[-1].step()
+        made[-1].state[p]["step"] = counter if isinstance(counter, (int, float)) else counter.clone()
+        made[-1].step()
+        ps.append(p)
+        assert made[-1].state[p]["step"] == 8
+    assert torch.equal(*ps)
