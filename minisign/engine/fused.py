@@ -213,7 +213,7 @@ def _plan(optimizer: Optimizer, group: Group, numbers: Group, works: list[Work])
             left.append(work)
         else:
             parts.setdefault(found[0], []).append((found[1], work))
-    guard = group["shrink"] is not None and getattr(optimizer, "found_inf", None) is None
+    guard = bool(works) and works[0].guard is not None and getattr(optimizer, "found_inf", None) is None
     jobs: list[tuple[Part, Launch, Any]] = [
         (part, launch, members)
         for part, pairs in parts.items()

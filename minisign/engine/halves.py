@@ -46,6 +46,11 @@ def move(rule: Rule) -> Rule:
     return half
 
 
+def shrink(p: Any, g: Any, m: Any, *, shrink: float, center: float) -> None:
+    """In place of the second half, where a gradient was not finite."""
+    p.sub_(center).mul_(shrink).add_(center)
+
+
 @cache
 def take_and_move(rule: Rule) -> Rule:
     """Both, as the last micro-batch has them."""

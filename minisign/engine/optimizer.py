@@ -98,10 +98,12 @@ class Optimizer(ExactOptimizer):
             return loss
         with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
             # All are looked at before anything moves.
-            looked = [(group["fused"] and fused.kept(self, group)) or look(self, group) for group in self.param_groups]
+            looked = [
+                (group["fused"] and fused.kept(self, group))
+                or (released.look(self, group) if group["release_grads"] else look(self, group))
+                for group in self.param_groups
+            ]
             for group, works in zip(self.param_groups, looked, strict=True):
-                if group["release_grads"]:
-                    works = released.moving(self, group)
                 if group["fused"]:
                     works = fused.step(self, group, works)
                 self._move(group, works)

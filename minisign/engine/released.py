@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from minisign.engine import roads
-from minisign.engine.halves import is_last, keep_and_weight, move, take
-from minisign.engine.work import Group, Guard, Work, look, new_state, numbers_of
+from minisign.engine import roads, work
+from minisign.engine.halves import is_last, keep_and_weight, move, shrink, take
+from minisign.engine.work import Group, Work, new_state, numbers_of
 
 if TYPE_CHECKING:
     from minisign.engine.optimizer import Optimizer
@@ -38,24 +38,26 @@ def hook(optimizer: Optimizer, number: int) -> None:
             hooked[p] = p.register_post_accumulate_grad_hook(take_in)
 
 
-def moving(optimizer: Optimizer, group: Group) -> list[Work]:
-    """What is left for a step: weights whose gradient was not finite shrink here, the others' work is given."""
+def look(optimizer: Optimizer, group: Group) -> list[Work]:
+    """The work that is left for a step: θ moves by m, or shrinks where a gradient was not finite."""
     for p in group["params"]:
         _take_in(optimizer, p, group)  # a gradient that did not come by way of backward
-    cache, last = optimizer.cache("bad"), is_last(group)
-    guard = Guard(group["shrink"], group["center"])
-    flags = {p: cache.pop(p, []) for p in group["params"]}
-    found = []
-    for p, bad in zip(flags, _any_of_each(list(flags.values())), strict=True):
-        if bad:
-            p.copy_(guard.shrunk(p.to(torch.promote_types(p.dtype, torch.float32))))
-        elif last and optimizer.state.get(p, {}).get("taken"):
-            found.append(p)
-        if last and p in optimizer.state:
-            optimizer.state[p]["taken"] = 0
+    bad = optimizer.cache("bad")
+    flags = {p: bad.pop(p, []) for p in group["params"] if optimizer.state.get(p)}
+    is_bad = dict(zip(flags, _any_of_each(list(flags.values())), strict=True))
+    last = is_last(group)
     # p in place of a gradient that is gone, and not read
-    ones = [(p, p.detach()) for p in found]
-    return [x._replace(rule=move(x.rule), guard=None) for x in look(optimizer, {**group, "accumulate": 1}, ones)]
+    due = [(p, p.detach()) for p in flags if is_bad[p] or (last and optimizer.state[p].get("taken"))]
+    works = work.look(optimizer, {**group, "accumulate": 1}, due)
+    return [
+        x._replace(
+            rule=shrink if is_bad[x.parameter] else move(x.rule),
+            numbers=dict(zip(("shrink", "center"), x.guard, strict=True)) if is_bad[x.parameter] and x.guard else x.numbers,
+            guard=None,
+            taken=0 if last else None,
+        )
+        for x in works
+    ]
 
 
 def _take_in(optimizer: Optimizer, p: Tensor, group: Group) -> None:
