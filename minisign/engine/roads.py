@@ -29,8 +29,8 @@ _DTYPE = attrgetter("dtype")
 def one(work: Work, index: Tensor | None = None) -> None:
     """``index`` [U]: of a work on rows that were gathered, which they are."""
     own = [work.p, work.g, *work.buffers]
-    tensors = own
-    if len(set(map(_DTYPE, own))) > 1 or work.p.dtype not in WIDE:
+    tensors, narrow = own, len(set(map(_DTYPE, own))) > 1 or work.p.dtype not in WIDE
+    if narrow:
         wide = _wide(own)
         tensors = [x.to(wide) for x in own]
     p, g, *buffers = tensors
@@ -49,7 +49,7 @@ def one(work: Work, index: Tensor | None = None) -> None:
         finite = torch.isfinite(g).all()
         for x, old in zip((p, *buffers), before, strict=True):
             x.copy_(torch.where(finite, x, old))
-    if p is not work.p:
+    if narrow:
         _write_back(work, [p, *buffers], index)
 
 
@@ -66,8 +66,7 @@ def together(works: Sequence[Work]) -> None:
         values = [Tensors([x.to(wide) for x in column]) for column in columns]  # themselves, if they are wide
         members[0].rule(*values, **members[0].numbers)
         for i, work in enumerate(members):
-            if values[0].tensors[i] is not work.p:
-                _write_back(work, [x.tensors[i] for j, x in enumerate(values) if j != 1], None)
+            _write_back(work, [x.tensors[i] for j, x in enumerate(values) if j != 1], None)
 
 
 def rows(work: Work, index: Tensor, left: Sequence[float]) -> None:

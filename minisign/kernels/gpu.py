@@ -98,7 +98,7 @@ def constants(program: Program, form: Form, columns: int, aligned: bool) -> dict
     """What the kernel is compiled for."""
     p, g = (getattr(tl, name) for name in form.types[:2])
     shape = words.Shape(
-        len(program.buffers), columns, program.size, form.guard, form.by_rows, form.compact, aligned
+        len(program.buffers), columns, program.size, form.guard, form.by_rows, form.compact, aligned, words.BLOCK
     )
     # Triton's own default of fusing multiply-adds changes between versions.
     options = {} if words.INTERPRETED else {"num_warps": words.WARPS, "enable_fp_fusion": False}

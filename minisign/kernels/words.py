@@ -49,10 +49,11 @@ class Shape(NamedTuple):
     by_rows: bool
     compact: bool
     aligned: bool  # the host has looked: loads and stores of 16 bytes
+    block: int
 
 
 # A kernel sees what is outside only as constexpr.
-_INTERPRETED, _FMA_ON_CPU, _BLOCK = tl.constexpr(INTERPRETED), tl.constexpr(FMA_ON_CPU), tl.constexpr(BLOCK)
+_INTERPRETED, _FMA_ON_CPU = tl.constexpr(INTERPRETED), tl.constexpr(FMA_ON_CPU)
 
 
 # --- words ----------------------------------------------------------------------------------------
@@ -185,12 +186,14 @@ def squares_of(p):
 
 
 @triton.jit
-def look(line, i, g_i, mask, squares, bad, P: tl.constexpr, G: tl.constexpr, SHAPE: tl.constexpr):
+def look(
+    line, i, g_i, mask, squares, bad, P: tl.constexpr, G: tl.constexpr, SHAPE: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
     if SHAPE.guard:
-        exponent = load(pointer(line, 1, G, SHAPE), g_i, mask, True).to(tl.int32, bitcast=True) & 0x7F800000
+        exponent = load(pointer(line, 1, G, SHAPE), g_i, mask, MASKED).to(tl.int32, bitcast=True) & 0x7F800000
         tl.atomic_max(bad, tl.max((exponent == 0x7F800000).to(tl.int32), axis=0))
     if SHAPE.size == "tensor":
-        tl.atomic_add(squares, squares_of(load(pointer(line, 0, P, SHAPE), i, mask, True)))
+        tl.atomic_add(squares, squares_of(load(pointer(line, 0, P, SHAPE), i, mask, MASKED)))
 
 
 @triton.jit
@@ -241,23 +244,25 @@ def step(
         moves = moves & (row >= 0)
         start, g_start = row * n, (place if SHAPE.compact else row) * n
     else:
-        start, g_start = place * _BLOCK, place * _BLOCK
-        n = tl.minimum(size - start, _BLOCK)
+        start, g_start = place * SHAPE.block, place * SHAPE.block
+        n = tl.minimum(size - start, SHAPE.block)
     if moves:
         found, count = tl.load(squares + owner), size
         if SHAPE.size == "row" and not LOOK:
             found, count = tl.full([], 0.0, tl.float64), n
-            for first in range(0, n, _BLOCK):
-                k = first + tl.arange(0, _BLOCK)
+            for first in range(0, n, SHAPE.block):
+                k = first + tl.arange(0, SHAPE.block)
                 found += squares_of(load(pointer(line, 0, P, SHAPE), start + k, k < n, True))
         rms, finite, number = size_of(found, count, line, SHAPE), tl.load(bad + owner) == 0, number_of_step(line, SHAPE)
         key = mix(tl.load(line + SHAPE.buffers + 4).to(tl.uint32) + number.to(tl.uint32))
         unscale = tl.div_rn(numbers.sign, tl.load(grad_scale))
-        for first in range(0, n, _BLOCK):
-            k = first + tl.arange(0, _BLOCK)
-            if LOOK:
-                look(line, start + k, g_start + k, k < n, squares + owner, bad + owner, P, G, SHAPE)
-            elif n - first >= _BLOCK:
+        for first in range(0, n, SHAPE.block):
+            k = first + tl.arange(0, SHAPE.block)
+            if LOOK and n - first >= SHAPE.block:
+                look(line, start + k, g_start + k, k < n, squares + owner, bad + owner, P, G, SHAPE, False)
+            elif LOOK:
+                look(line, start + k, g_start + k, k < n, squares + owner, bad + owner, P, G, SHAPE, True)
+            elif n - first >= SHAPE.block:
                 MOVE(line, start + k, g_start + k, k < n, unscale, finite, key, number, rms, lr, numbers, SHAPE, False)
             else:
                 MOVE(line, start + k, g_start + k, k < n, unscale, finite, key, number, rms, lr, numbers, SHAPE, True)
