@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from typing import Any
 
 import pytest
@@ -54,6 +55,9 @@ SLOW = (
     "tests/test_heterogeneity.py::test_curvature_of_a_gpt_is_that_of_its_whole_hessian",
     "tests/test_release.py::test_bit_for_bit_what_accumulation_does",
 )
+# A shell that starts `make test &` has it ignore Ctrl-C, and with it all that it starts; tests send it to
+# what they start, and to themselves.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 MEMORY = 2**31  # bytes of a worker, with the kernel of its notebook
 
 

@@ -7,7 +7,8 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -379,21 +380,18 @@ def run_reproduce(args: argparse.Namespace) -> int:
     jobs = args.jobs
     if jobs is None:
         jobs = default_jobs() if device.type == "cpu" else 1
-    finished: list[Outcome] = []
+    finished: dict[str, Outcome] = {}
     bars: list[Any] = []
     stopped: BaseException | None = None
     try:
-        reproduce(
-            variants, args.form, base, device, args.out, partial(_progress, bars), finished.append, jobs
-        )
+        reproduce(variants, args.form, base, device, args.out, partial(_progress, bars), jobs, finished)
     except (KeyboardInterrupt, FloatingPointError, OSError) as error:
         stopped = error
     finally:
         for bar in bars:
             bar.close()
-    finished.sort(key=lambda outcome: variants.index(outcome.result["variant"]))
     if finished:
-        _print_table(finished)
+        _print_table([finished[name] for name in dict.fromkeys(variants) if name in finished])
     if stopped is not None:
         kept = f"{len(finished)} of {len(variants)} variants finished, see {args.out}"
         print(f"\ninterrupted: {kept if finished else 'nothing to keep'}", file=sys.stderr)
@@ -437,7 +435,6 @@ def _train(args: argparse.Namespace, world: World, device: torch.device) -> int:
     out = args.out or args.resume
     prepare_out(out)
 
-    stopping = _stop_on_interrupt()
     bar = _bar("train", run.config.steps, run.step, is_shown=world.rank == 0)
 
     def after(run: Run) -> None:
@@ -445,9 +442,10 @@ def _train(args: argparse.Namespace, world: World, device: torch.device) -> int:
         if args.save_every and run.step % args.save_every == 0 and run.step < run.config.steps:
             run.save(out)
 
-    train(run, after, every=math.gcd(10, args.save_every or 10), stop=lambda: bool(stopping))
-    bar.close()
-    run.save(out)
+    with _stop_on_interrupt() as stopping:
+        train(run, after, every=math.gcd(10, args.save_every or 10), stop=lambda: bool(stopping))
+        bar.close()
+        run.save(out)
     if run.step < run.config.steps:
         if world.rank == 0:
             print(
@@ -567,7 +565,8 @@ def _refuse_changes(config: Config, given: dict[str, Any]) -> None:
             raise ValueError(f"{option} {value} is not what the run to resume has: {saved}")
 
 
-def _stop_on_interrupt() -> list[int]:
+@contextmanager
+def _stop_on_interrupt() -> Iterator[list[int]]:
     """A list that Ctrl-C fills, to end training between two steps; a second Ctrl-C ends it at once."""
     seen: list[int] = []
 
@@ -576,9 +575,13 @@ def _stop_on_interrupt() -> list[int]:
             raise KeyboardInterrupt
         seen.append(number)
 
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as under nohup
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:  # as under nohup
         signal.signal(signal.SIGINT, on_interrupt)
-    return seen
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _bar(name: str, total: int, done: int = 0, is_shown: bool = True) -> Any:

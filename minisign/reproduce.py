@@ -238,8 +238,8 @@ def reproduce(
     device: torch.device | str = "cpu",
     out: Path | None = None,
     progress: Callable[[str, Config], Progress] = lambda variant, config: lambda step, loss, largest: None,
-    finished: Callable[[Outcome], object] = lambda outcome: None,
     jobs: int = 1,
+    outcomes: dict[str, Outcome] | None = None,
 ) -> list[Outcome]:
     """Trains the variants and writes what is found.
 
@@ -251,10 +251,11 @@ def reproduce(
             an interruption loses only those that it hits.
         progress: given a variant that begins and its configuration, returns what :func:`train_variant` is
             to call.
-        finished: called with each outcome when it is measured and saved.
         jobs: how many variants at a time. 1, one after the other in this process, with as many threads as
             torch has; more, in processes of one thread each, which are spawned: a script that asks for them
             needs ``if __name__ == "__main__"``. At the same number of threads the bits are the same.
+        outcomes: takes each by its variant's name as soon as it is measured. What is in it when this is
+            interrupted is written as well.
 
     Returns:
         The outcomes, in the order of the variants.
@@ -300,22 +301,22 @@ def reproduce(
             yield name, _outcome(*task, partial(hear, name))
 
     tasks = {name: (name, config, tokens, counts, device) for name, config in configs.items()}
-    outcomes: dict[str, Outcome] = {}
-    pictures = out  # where to
+    outcomes = {} if outcomes is None else outcomes
+    out_at_end = out
     try:
         with closing(side_by_side(_outcome, tasks, jobs, hear) if jobs > 1 else one_by_one()) as coming:
             for name, outcome in coming:
                 outcomes[name] = outcome
                 if out is not None:
                     write_results(out, about, _in_order(outcomes, configs))
-                finished(outcome)
     except OSError as error:  # a folder that takes no results takes no pictures
         if not isinstance(error, ChildProcessError):
-            pictures = None
+            out_at_end = None
         raise
     finally:
-        if pictures is not None and outcomes:
-            write_pictures(pictures, _in_order(outcomes, configs), counts, form)
+        if out_at_end is not None and outcomes:
+            write_results(out_at_end, about, _in_order(outcomes, configs))  # Ctrl-C may have come before
+            write_pictures(out_at_end, _in_order(outcomes, configs), counts, form)
     return _in_order(outcomes, configs)
 
 

@@ -55,8 +55,6 @@ def start(command: list[Any]) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # Where the tests run in the background of a shell, children would ignore Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stderr is not None
     process.stderr.read(5)
@@ -204,7 +202,7 @@ def test_as_many_jobs_as_cores_by_default_and_one_on_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(reproduce_module, "reproduce", lambda *arguments: asked.append(arguments[-1]))
+    monkeypatch.setattr(reproduce_module, "reproduce", lambda *arguments: asked.append(arguments[6]))
     monkeypatch.setattr("minisign.processes.default_jobs", lambda: 7)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for argv in ([], ["--jobs", "3"], ["--device", "cuda"], ["--device", "cuda", "--jobs", "2"]):
@@ -272,13 +270,10 @@ def test_ctrl_c_saves_a_run_that_goes_on_to_the_same_weights(
             signal.raise_signal(signal.SIGINT)
         return real(tokens, seed, step, *sizes)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with monkeypatch.context() as patch:
-            patch.setattr(Tokens, "batch", interrupting)
-            assert main([*shared, "--out", broken]) == 130
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokens, "batch", interrupting)
+        assert main([*shared, "--out", broken]) == 130
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # for whoever called it
     assert "go on with minisign train --resume" in capsys.readouterr().err
     assert steps_of(Path(broken)) == [42]
     assert main(["train", "--resume", broken]) == 0
