@@ -326,6 +326,7 @@ def _read_all(name: str, folder: Path, count: int, seed: int, log: Path, seconds
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         reader.read()  # imports what it needs
+        repr(torch.zeros(1))  # and so does a tensor in the text of an error
         sys.addaudithook(audit)
         used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (used + (GIBIBYTES << 30),) * 2)
