@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from mutants import MUTANTS
 
-from minisign.experiment import figures, read_log, saturated
-from minisign.search import CONTENDERS, best_rate, losses_by_rate
+from minisign.studies.experiment import figures, read_log, saturated
+from minisign.studies.search import CONTENDERS, best_rate, losses_by_rate
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
