@@ -78,7 +78,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """As many as there are cores that this process may use, and memory."""
-    from minisign.processes import default_jobs  # loads torch, which only the one that asks needs yet
+    from minisign.studies.processes import (
+        default_jobs,  # loads torch, which only the one that asks needs yet
+    )
 
     return default_jobs(MEMORY)
 

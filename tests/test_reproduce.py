@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from minisign import reproduce as module
-from minisign.corpus import CorpusConfig
-from minisign.reproduce import Outcome, Progress, reproduce, run_variant
-from minisign.train import Config, load_tokens
+from minisign.lab.build import load_tokens
+from minisign.lab.config import Config
+from minisign.lab.corpus import CorpusConfig
+from minisign.studies import reproduce as module
+from minisign.studies.reproduce import Outcome, Progress, reproduce, run_variant
 
 PICTURES = ["distribution.png", "growth.png", "rows.png"]
 SMALL = Config(
