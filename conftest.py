@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from typing import Any
 
 import pytest
@@ -54,6 +55,9 @@ SLOW = (
     "tests/test_heterogeneity.py::test_curvature_of_a_gpt_is_that_of_its_whole_hessian",
     "tests/test_release.py::test_bit_for_bit_what_accumulation_does",
 )
+# A shell that starts `make test &` has it ignore Ctrl-C, and with it all that it starts; tests send it to
+# what they start, and to themselves.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 MEMORY = 2**31  # bytes of a worker, with the kernel of its notebook
 
 
@@ -74,7 +78,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """As many as there are cores that this process may use, and memory."""
-    from minisign.processes import default_jobs  # loads torch, which only the one that asks needs yet
+    from minisign.studies.processes import (
+        default_jobs,  # loads torch, which only the one that asks needs yet
+    )
 
     return default_jobs(MEMORY)
 

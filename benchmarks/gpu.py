@@ -49,12 +49,13 @@ import minisign
 from benchmarks import optimizer_step
 from benchmarks.optimizer_step import RESULTS, Clock, CompiledLion, commit, slug
 from minisign import theory
-from minisign.corpus import CorpusConfig, generate
-from minisign.files import prepare_out, write_json, write_whole
+from minisign.lab.config import Config
+from minisign.lab.corpus import CorpusConfig, generate
+from minisign.lab.files import prepare_out, write_json, write_whole
+from minisign.lab.tokenizer import Tokens, tokenize
+from minisign.lab.train import Run, train, validation_loss
 from minisign.probes import extremes
-from minisign.reproduce import variant_config
-from minisign.tokenizer import Tokens, tokenize
-from minisign.train import Config, Run, train, validation_loss
+from minisign.studies.variants import variant_config
 
 ROOT = Path(__file__).parents[1]
 DONE, LEFT = "done", "left out"

@@ -27,8 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from minisign.experiment import about
-from minisign.files import prepare_out, write_json, write_whole
+from minisign.lab.files import prepare_out, write_json, write_whole
+from minisign.studies.experiment import about
 
 ROOT = Path(__file__).resolve().parent.parent
 # What a user would not have set: these, and all that begins with MINISIGN_.
@@ -78,7 +78,7 @@ def run(folder: Path, steps: int, threads: int | None, out: Path) -> tuple[float
     }
     if threads is not None:
         environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    command = [sys.executable, "-m", "minisign", "reproduce", "--steps", str(steps), "--out", str(out)]
+    command = [sys.executable, "-m", "minisign.cli", "reproduce", "--steps", str(steps), "--out", str(out)]
     start = time.perf_counter()
     # -m looks in the working directory first: it is the commit's own package that runs.
     subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)

@@ -39,8 +39,8 @@ import torch
 from torch import Tensor, nn
 
 import minisign
-from minisign.experiment import about
 from minisign.probes import PeakMemory, state_bytes
+from minisign.studies.experiment import about
 
 RESULTS = Path(__file__).parent / "results"
 F32, BF16 = torch.float32, torch.bfloat16

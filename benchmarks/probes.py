@@ -17,11 +17,12 @@ import sys
 import torch
 
 from minisign import EmbeddingWatch
-from minisign.experiment import read_log
-from minisign.guard import SpikeGuard
+from minisign.doctor.guard import SpikeGuard
+from minisign.lab.build import load_tokens
+from minisign.lab.train import Run, next_token_loss, train
 from minisign.probes import GradientWatch, UpdateWatch, block_curvatures, ratios, take_turns, tensor_blocks
-from minisign.search import best_rate, search_base, search_config, start_batches
-from minisign.train import Run, load_tokens, next_token_loss, train
+from minisign.studies.experiment import read_log
+from minisign.studies.search import best_rate, search_base, search_config, start_batches
 
 WATCH_BAR, HESSIAN_BAR, EMBEDDING_BAR, EVERY = 1.05, 20.0, 0.01, 20
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import sys
 
-from minisign.corpus import generate
+from minisign.lab.config import Config
+from minisign.lab.corpus import generate
+from minisign.lab.tokenizer import train_encoding
 from minisign.probes import take_turns
-from minisign.tokenizer import train_encoding
-from minisign.train import Config
 
 BAR = 10.0
 

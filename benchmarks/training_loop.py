@@ -1,4 +1,4 @@
-"""Training throughput of ``minisign.train`` against a plain loop written out by hand.
+"""Training throughput of ``minisign.lab.train`` against a plain loop written out by hand.
 
 The plain loop has the same model, optimizer and batches, and nothing else: no schedule, no measuring, no
 callback. Both run in one process and take turns every twenty steps, since the speed of the machine
@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from minisign.lab.build import build_model, build_optimizer, load_tokens
+from minisign.lab.config import Config
+from minisign.lab.tokenizer import Tokens
+from minisign.lab.train import Run, train
 from minisign.probes import extremes, ratios, take_turns
-from minisign.tokenizer import Tokens
-from minisign.train import Config, Run, build_model, build_optimizer, load_tokens, train
 
 BAR, TURN = 0.97, 20
 
@@ -59,7 +61,9 @@ def main() -> int:
         # The first turn makes the optimizer's state.
         ratio = ratios(took, to="ours")["plain"]
         rate = TURN * config.batch * config.context / float(np.median(took["ours"][1:]))
-        print(f"{optimizer:6} throughput, minisign.train / plain loop: {ratio:.3f}; {rate:,.0f} tokens/s")
+        print(
+            f"{optimizer:6} throughput, minisign.lab.train / plain loop: {ratio:.3f}; {rate:,.0f} tokens/s"
+        )
         failed |= ratio < BAR
     return int(failed)
 

@@ -8,9 +8,9 @@ import hashlib
 import json
 from pathlib import Path
 
-from minisign.corpus import DEFAULT, CorpusConfig, generate, is_rare_language, sha256
-from minisign.tokenizer import train_encoding, vocabulary_lines
-from minisign.train import Config
+from minisign.lab.config import Config
+from minisign.lab.corpus import DEFAULT, CorpusConfig, generate, is_rare_language, sha256
+from minisign.lab.tokenizer import train_encoding, vocabulary_lines
 
 HERE = Path(__file__).parent
 CONFIGS = {

@@ -12,10 +12,11 @@ import dataclasses
 import numpy as np
 
 from minisign import theory
-from minisign.experiment import Figures, Job, main
+from minisign.lab.build import load_tokens
 from minisign.probes import largest_entries, rare_tokens, saturated_rows, size_by_kappa
-from minisign.reproduce import lesson_config, run_variant, settled_config, variant_config
-from minisign.train import load_tokens
+from minisign.studies.experiment import Figures, Job, main
+from minisign.studies.reproduce import run_variant
+from minisign.studies.variants import lesson_config, settled_config, variant_config
 
 VARIANTS = {"tiger": "rms", "lion": "base", "lazy": "rms", "adamw": "rms"}  # and the form
 SEEDS = range(6)

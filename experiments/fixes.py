@@ -12,13 +12,15 @@ import copy
 
 import numpy as np
 
-from minisign.experiment import Figures, Job, main
-from minisign.finetune import fine_tune, second_language
+from minisign.doctor.repair import WAYS, reset_rows
+from minisign.lab.build import load_tokens
+from minisign.lab.tokenizer import Tokens
+from minisign.lab.train import Run, validation_loss
 from minisign.probes import frequency_groups, loss_by_group, saturated_rows, state_bytes, token_losses
-from minisign.repair import WAYS, reset_rows
-from minisign.reproduce import FIXES, base_config, fix_config, lesson_config, run_variant
-from minisign.tokenizer import Tokens
-from minisign.train import Run, load_tokens, validation_loss
+from minisign.studies.experiment import Figures, Job, main
+from minisign.studies.finetune import fine_tune, second_language
+from minisign.studies.reproduce import run_variant
+from minisign.studies.variants import FIXES, base_config, fix_config, lesson_config
 
 SIZES = {"lesson": (lesson_config, 6), "main": (base_config, 5)}  # and how many seeds
 FROM_SCRATCH = "from scratch"  # fine-tuned without any training before

@@ -10,10 +10,10 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from minisign.experiment import Figures, Job, main
-from minisign.instability import deep_config, guarded_figures
-from minisign.tokenizer import Tokens
-from minisign.train import load_tokens
+from minisign.lab.build import load_tokens
+from minisign.lab.tokenizer import Tokens
+from minisign.studies.experiment import Figures, Job, main
+from minisign.studies.instability import deep_config, guarded_figures
 
 SEEDS = range(6)
 RUNS: dict[str, dict[str, Any]] = {

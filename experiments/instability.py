@@ -10,10 +10,10 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from minisign.experiment import Figures, Job, main
-from minisign.instability import deep_config, run_figures
-from minisign.tokenizer import Tokens
-from minisign.train import load_tokens
+from minisign.lab.build import load_tokens
+from minisign.lab.tokenizer import Tokens
+from minisign.studies.experiment import Figures, Job, main
+from minisign.studies.instability import deep_config, run_figures
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 EPSILONS = (1e-12, 1e-10, 1e-8, 1e-6, 1e-4)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import functools
 
-from minisign.experiment import Figures, Job, main
-from minisign.search import CONTENDERS, search_base, search_config, search_run
-from minisign.tokenizer import Tokens
-from minisign.train import load_tokens
+from minisign.lab.build import load_tokens
+from minisign.lab.tokenizer import Tokens
+from minisign.studies.experiment import Figures, Job, main
+from minisign.studies.search import CONTENDERS, search_base, search_config, search_run
 
 SEEDS = range(5)
 JOBS = [

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import functools
 
-from minisign.experiment import Figures, Job, main
-from minisign.search import SIDES, norm_config, norm_rates, search_config, search_run, start_figures
-from minisign.tokenizer import Tokens
-from minisign.train import load_tokens
+from minisign.lab.build import load_tokens
+from minisign.lab.tokenizer import Tokens
+from minisign.studies.experiment import Figures, Job, main
+from minisign.studies.search import SIDES, norm_config, norm_rates, search_config, search_run, start_figures
 
 START_SEEDS, SEEDS = range(12), range(3)
 JOBS = [

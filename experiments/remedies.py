@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import functools
 
-from minisign.experiment import Figures, Job, main
-from minisign.instability import REMEDIES, Stage, remedy_figures, remedy_run, stage_config
-from minisign.tokenizer import Tokens
-from minisign.train import load_tokens
+from minisign.lab.build import load_tokens
+from minisign.lab.tokenizer import Tokens
+from minisign.studies.experiment import Figures, Job, main
+from minisign.studies.instability import REMEDIES, Stage, remedy_figures, remedy_run, stage_config
 
 SEEDS = range(6)
 JOBS = [

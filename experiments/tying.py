@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from minisign.experiment import Figures, Job, main
+from minisign.lab.build import load_tokens
 from minisign.probes import common_mode
-from minisign.reproduce import FORMS, lesson_config, run_variant, variant_config
-from minisign.train import load_tokens
+from minisign.studies.experiment import Figures, Job, main
+from minisign.studies.reproduce import run_variant
+from minisign.studies.variants import FORMS, lesson_config, variant_config
 
 SEEDS, MORE_SEEDS = 3, 6
 TIES = {"untied": "tiger", "tied": "tied", "half_swap": "half_swap"}  # and the variant that has it

@@ -10,10 +10,10 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from minisign.experiment import Figures, Job, main
-from minisign.instability import BATCHES, bell_config, bell_figures, bell_run
-from minisign.tokenizer import Tokens
-from minisign.train import load_tokens
+from minisign.lab.build import load_tokens
+from minisign.lab.tokenizer import Tokens
+from minisign.studies.experiment import Figures, Job, main
+from minisign.studies.instability import BATCHES, bell_config, bell_figures, bell_run
 
 SEEDS = range(6)
 # By label: what is changed, and whether every step is on the first batch.

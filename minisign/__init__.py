@@ -13,6 +13,7 @@ import sys
 if "torch" not in sys.modules:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from minisign.doctor.watch import EmbeddingWatch
 from minisign.optim import (
     SGD,
     AdamW,
@@ -25,7 +26,6 @@ from minisign.optim import (
     rms,
     track_rows,
 )
-from minisign.watch import EmbeddingWatch
 
 __version__ = "0.1.0"
 

@@ -40,7 +40,7 @@ from IPython.core.displaypub import CapturingDisplayPublisher
 from IPython.core.interactiveshell import InteractiveShell
 from notebook_rules import MARKER
 
-from minisign import experiment
+from minisign.studies import experiment
 
 NAME = "__claims__"  # of the recorder, in the namespaces of rewritten code
 RECORD = "MINISIGN_CLAIMS"  # where the plugin writes
@@ -150,7 +150,7 @@ class Recorder:
     def in_band(
         call: Callable[..., bool], lines: Sequence[dict[str, Any]], label: str, name: str, value: float
     ) -> Truth:
-        """``minisign.experiment.in_band``: the distance to the nearer edge of the band."""
+        """``minisign.studies.experiment.in_band``: the distance to the nearer edge of the band."""
         low, high = experiment.band(experiment.figures(lines, label, name))
         return Truth(call(lines, label, name, value), _or_worst(min(value - low, high - value)), value)
 

@@ -23,16 +23,20 @@ import torch
 from processes import FORKS, HANG
 from safetensors.torch import save_file
 
-import minisign.train
+import minisign.lab.train
 from minisign import Lion
-from minisign.checkpoint import RECORD, _digest, newest
-from minisign.corpus import CorpusConfig
-from minisign.files import write_json
-from minisign.guard import EVENTS, Event, SpikeGuard
-from minisign.inspection import inspect_checkpoint, token_texts_of
-from minisign.pretrained import load_subject
-from minisign.tokenizer import token_texts, train_encoding, vocabulary_lines
-from minisign.train import Config, Run, load_tokens, train
+from minisign.doctor.alarm import Event
+from minisign.doctor.guard import SpikeGuard
+from minisign.doctor.inspection import inspect_checkpoint, token_texts_of
+from minisign.doctor.pretrained import load_subject
+from minisign.doctor.saves import EVENTS
+from minisign.lab.build import load_tokens
+from minisign.lab.checkpoint import RECORD, _digest, newest
+from minisign.lab.config import Config
+from minisign.lab.corpus import CorpusConfig
+from minisign.lab.files import write_json
+from minisign.lab.tokenizer import token_texts, train_encoding, vocabulary_lines
+from minisign.lab.train import Run, train
 
 # What would run a program. Code of installed modules may run: errors import what they need late.
 PROGRAMS = (
@@ -166,7 +170,7 @@ def _resumed(folder: Path) -> tuple[Callable[[], object], Path]:
         return run.tokens
 
     def resume() -> None:
-        with mock.patch.object(minisign.train, "load_tokens", the_same):
+        with mock.patch.object(minisign.lab.train, "load_tokens", the_same):
             Run.resume(folder)
 
     return resume, path
@@ -326,6 +330,7 @@ def _read_all(name: str, folder: Path, count: int, seed: int, log: Path, seconds
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         reader.read()  # imports what it needs
+        repr(torch.zeros(1))  # and so does a tensor in the text of an error
         sys.addaudithook(audit)
         used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (used + (GIBIBYTES << 30),) * 2)

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from minisign.experiment import about
-from minisign.processes import ONE_THREAD
+from minisign.studies.experiment import about
+from minisign.studies.processes import ONE_THREAD
 
 ROOT = Path(__file__).parent.parent
 NBVAL = ("--nbval-current-env", "--nbval-cell-timeout=900")  # and --nbval, or --nbval-lax

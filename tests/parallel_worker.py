@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from minisign import EmbeddingWatch
-from minisign.parallel import World, joined
-from minisign.train import Config, Run, load_tokens, train
+from minisign.lab.build import load_tokens
+from minisign.lab.config import Config
+from minisign.lab.parallel import World, joined
+from minisign.lab.train import Run, train
 
 
 def poison(run: Run, step: int, first: int) -> None:

@@ -11,10 +11,10 @@ from collections.abc import Callable
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
-        "minisign.reproduce",
-        "minisign.guard",
-        "minisign.inspection",
-        "minisign.pretrained",
+        "minisign.studies.reproduce",
+        "minisign.doctor.guard",
+        "minisign.doctor.inspection",
+        "minisign.doctor.pretrained",
         "pytest",
         "safetensors.torch",
         "torch._dynamo",

@@ -33,9 +33,9 @@ from typing import Any
 import nbformat
 from outside import ROOT
 
-from minisign.experiment import about
-from minisign.files import write_whole
-from minisign.processes import ONE_THREAD
+from minisign.lab.files import write_whole
+from minisign.studies.experiment import about
+from minisign.studies.processes import ONE_THREAD
 
 LOG, PAGE = ROOT / "docs" / "robustness.jsonl", ROOT / "docs" / "robustness.md"
 JITTERS, ENOUGH, WIDE = 12, 3.0, 90

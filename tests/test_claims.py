@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from once import Once
 
-from minisign.reproduce import reproduce
+from minisign.studies.reproduce import reproduce
 
 pytestmark = pytest.mark.trained
 

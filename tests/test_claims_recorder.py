@@ -25,8 +25,8 @@ from outside import ROOT
 from processes import HANG
 from robust import SETTINGS, Claim, Log, claims_of, digest, files, page, settings_of
 
-from minisign.experiment import in_band
-from minisign.processes import ONE_THREAD
+from minisign.studies.experiment import in_band
+from minisign.studies.processes import ONE_THREAD
 
 
 def recorded(source: str, **names: Any) -> list[list[Any]]:

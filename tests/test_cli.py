@@ -15,15 +15,15 @@ import torch
 from processes import HANG, wait_until
 from safetensors.torch import load_file
 
-from minisign import reproduce as reproduce_module
-from minisign.checkpoint import steps_of
 from minisign.cli import main
-from minisign.corpus import CorpusConfig, generate
 from minisign.kernels import cpu
-from minisign.reproduce import VARIANTS, variant_config
-from minisign.tokenizer import Tokens
+from minisign.lab.checkpoint import steps_of
+from minisign.lab.corpus import CorpusConfig, generate
+from minisign.lab.tokenizer import Tokens
+from minisign.studies import reproduce as reproduce_module
+from minisign.studies.variants import VARIANTS, variant_config
 
-MINISIGN = [sys.executable, "-m", "minisign"]
+MINISIGN = [sys.executable, "-m", "minisign.cli"]
 SMALL = "--batch 4 --context 8 --layers 1 --width 16 --heads 2 --vocab-size 300 --warmup 2".split()
 
 
@@ -55,8 +55,6 @@ def start(command: list[Any]) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # Where the tests run in the background of a shell, children would ignore Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stderr is not None
     process.stderr.read(5)
@@ -204,8 +202,8 @@ def test_as_many_jobs_as_cores_by_default_and_one_on_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(reproduce_module, "reproduce", lambda *arguments: asked.append(arguments[-1]))
-    monkeypatch.setattr("minisign.processes.default_jobs", lambda: 7)
+    monkeypatch.setattr(reproduce_module, "reproduce", lambda *arguments: asked.append(arguments[6]))
+    monkeypatch.setattr("minisign.studies.processes.default_jobs", lambda: 7)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for argv in ([], ["--jobs", "3"], ["--device", "cuda"], ["--device", "cuda", "--jobs", "2"]):
         assert main(["reproduce", "--out", str(tmp_path), *argv]) == 0
@@ -272,13 +270,10 @@ def test_ctrl_c_saves_a_run_that_goes_on_to_the_same_weights(
             signal.raise_signal(signal.SIGINT)
         return real(tokens, seed, step, *sizes)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with monkeypatch.context() as patch:
-            patch.setattr(Tokens, "batch", interrupting)
-            assert main([*shared, "--out", broken]) == 130
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokens, "batch", interrupting)
+        assert main([*shared, "--out", broken]) == 130
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # for whoever called it
     assert "go on with minisign train --resume" in capsys.readouterr().err
     assert steps_of(Path(broken)) == [42]
     assert main(["train", "--resume", broken]) == 0
@@ -288,7 +283,7 @@ def test_ctrl_c_saves_a_run_that_goes_on_to_the_same_weights(
 
 
 def test_save_every(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from minisign.train import Run
+    from minisign.lab.train import Run
 
     saved: list[int] = []
     real = Run.save

@@ -16,11 +16,11 @@ import pytest
 import torch
 from processes import HANG, wait_until
 
-from minisign import processes
-from minisign.experiment import Figures, Job, band, figures, in_band, main, read_log, saturated
-from minisign.processes import ONE_THREAD
-from minisign.reproduce import VARIANTS, lesson_config, settled_config, variant_config
-from minisign.train import Config
+from minisign.lab.config import Config
+from minisign.studies import processes
+from minisign.studies.experiment import Figures, Job, band, figures, in_band, main, read_log, saturated
+from minisign.studies.processes import ONE_THREAD
+from minisign.studies.variants import VARIANTS, lesson_config, settled_config, variant_config
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 SCRIPTS = sorted(EXPERIMENTS.glob("*.py"))
@@ -156,8 +156,8 @@ def test_a_script_runs_in_processes_of_one_thread_each(tmp_path: Path) -> None:
     script = tmp_path / "toy.py"
     script.write_text(
         "import os, torch\n"
-        "from minisign.experiment import Job, main\n"
-        "from minisign.train import Config\n"
+        "from minisign.studies.experiment import Job, main\n"
+        "from minisign.lab.config import Config\n"
         "def measure(job):\n"
         "    λ = job.config.weight_decay\n"
         "    return {'threads': torch.get_num_threads(), 'process': os.getpid(), 'λ': λ}\n"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from minisign.gpt import GPT, Center, GPTConfig
+from minisign.lab.gpt import GPT, Center, GPTConfig
 
 SMALL = dict(vocab_size=50, context=8, layers=2, heads=2, width=16)
 

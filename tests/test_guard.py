@@ -18,19 +18,20 @@ from processes import FORKS, HANG
 from torch import Tensor, nn
 
 from minisign import AdamW, Hybrid, Lion, Tiger
-from minisign.guard import SpikeGuard
-from minisign.instability import Stage, stage_config
-from minisign.tokenizer import Tokens
-from minisign.train import Run, load_tokens, train, validation_loss
+from minisign.doctor.guard import SpikeGuard
+from minisign.lab.build import load_tokens
+from minisign.lab.tokenizer import Tokens
+from minisign.lab.train import Run, train, validation_loss
+from minisign.studies.instability import Stage, stage_config
 
 WINDOW = 20
 
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    logging.getLogger("minisign.guard").setLevel(logging.CRITICAL)
+    logging.getLogger("minisign.doctor.guard").setLevel(logging.CRITICAL)
     yield
-    logging.getLogger("minisign.guard").setLevel(logging.NOTSET)
+    logging.getLogger("minisign.doctor.guard").setLevel(logging.NOTSET)
 
 
 class Loop:
@@ -284,7 +285,7 @@ def test_spikes_far_apart_do_not_try_its_patience(tmp_path: Path) -> None:
 
 
 def test_it_logs_what_it_does(caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("minisign.guard").setLevel(logging.NOTSET)
+    logging.getLogger("minisign.doctor.guard").setLevel(logging.NOTSET)
     loop = Loop(on_loss="skip").run(40)
     with caplog.at_level(logging.WARNING):
         loop.step(loss=9.0)
@@ -348,7 +349,7 @@ def test_a_resumed_run_is_the_unbroken_one(tmp_path: Path) -> None:
     again.generator = fresh.generator
     again.run(25)
     assert equal(again.weights(), whole.weights())
-    assert again.guard._losses == whole.guard._losses
+    assert again.guard.losses.known == whole.guard.losses.known
 
 
 def test_a_run_killed_before_its_second_checkpoint_begins_again(tmp_path: Path) -> None:

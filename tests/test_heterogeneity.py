@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minisign import AdamW, Hybrid, Lion, Signum, theory
-from minisign.gpt import GPT, GPTConfig
+from minisign.lab.build import build_model, load_tokens
+from minisign.lab.gpt import GPT, GPTConfig
+from minisign.lab.train import next_token_loss
 from minisign.probes import (
     GradientWatch,
     block_curvatures,
@@ -26,8 +28,7 @@ from minisign.probes import (
     size_weighted,
     tensor_blocks,
 )
-from minisign.search import search_base, search_config
-from minisign.train import build_model, load_tokens, next_token_loss
+from minisign.studies.search import search_base, search_config
 
 EIGENVALUES = {"a": [5.0, 2.0, 1.0], "b": [-0.5, 0.25], "c": [3.0, -3.0, 1.0, 0.5]}
 

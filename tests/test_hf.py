@@ -14,9 +14,9 @@ from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from minisign import AdamW, Hybrid, Lion, Tiger, param_groups
-from minisign.hf import EmbeddingCallback
-from minisign.jitter import jittered
-from minisign.watch import LOG, EmbeddingWarning
+from minisign.doctor.hf import EmbeddingCallback
+from minisign.doctor.watch import LOG, EmbeddingWarning
+from minisign.lab.jitter import jittered
 
 V, T = 300, 8
 STOPS = 60  # from this window on only half of the tokens come
@@ -119,7 +119,7 @@ def test_micro_batches_and_the_last_look(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("restored", [False, True])
-@pytest.mark.filterwarnings("ignore::minisign.watch.EmbeddingWarning")
+@pytest.mark.filterwarnings("ignore::minisign.doctor.watch.EmbeddingWarning")
 def test_a_trainer_that_resumes_goes_on_with_the_watch(restored: bool, tmp_path: Path) -> None:
     options = dict(save_strategy="steps", save_steps=30, restore_callback_states_from_checkpoint=restored)
     whole, callback = EmbeddingCallback(every=10), EmbeddingCallback(every=10)

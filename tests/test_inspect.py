@@ -20,21 +20,14 @@ from made_checkpoints import HEALTHY, healthy, saturated
 from safetensors.torch import load_file, save_file
 
 from minisign.cli import main
-from minisign.corpus import CorpusConfig
-from minisign.inspection import (
-    Inspection,
-    as_json,
-    embedding_like,
-    inspect_checkpoint,
-    inspect_matrix,
-    origin,
-    token_texts_of,
-)
+from minisign.doctor.bound import Inspection, inspect_matrix
+from minisign.doctor.inspection import as_json, embedding_like, inspect_checkpoint, origin, token_texts_of
+from minisign.doctor.repair import repair
+from minisign.doctor.weights import Stored, stored_tensors
+from minisign.lab.config import Config
+from minisign.lab.corpus import CorpusConfig
+from minisign.lab.tokenizer import token_texts, train_encoding, vocabulary_lines
 from minisign.plots import inspections
-from minisign.repair import repair
-from minisign.tokenizer import token_texts, train_encoding, vocabulary_lines
-from minisign.train import Config
-from minisign.weights import Stored, stored_tensors
 
 HELD_OUT = 20_000  # the detector was tuned on numbers below 2,000, of other families
 

@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from minisign.instability import (
+from minisign.lab.build import load_tokens
+from minisign.lab.config import Config
+from minisign.lab.tokenizer import Tokens
+from minisign.lab.train import Run, train
+from minisign.probes import layer_blocks
+from minisign.studies.instability import (
     REMEDIES,
     Stage,
     bell_config,
@@ -24,9 +29,6 @@ from minisign.instability import (
     watched_run,
     worst_jump,
 )
-from minisign.probes import layer_blocks
-from minisign.tokenizer import Tokens
-from minisign.train import Config, Run, load_tokens, train
 
 FEW = {"layers": 2, "width": 16, "batch": 4, "vocab_size": 300}
 
@@ -135,7 +137,7 @@ def test_a_remedy_is_called_by_its_name(tokens: Tokens) -> None:
 @pytest.mark.trained
 def test_figures_of_a_remedy(monkeypatch: pytest.MonkeyPatch, tokens: Tokens) -> None:
     monkeypatch.setattr(
-        "minisign.instability.stage_config", lambda seed, **changes: small(steps=200, seed=seed)
+        "minisign.studies.instability.stage_config", lambda seed, **changes: small(steps=200, seed=seed)
     )
     stage = Stage(quiet=120, burst=150, length=3)
     (none, _), (skipped, guard) = (remedy_run(label, tokens, 0, stage) for label in ("none", "ratio: skip"))

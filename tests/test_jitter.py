@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minisign.gpt import GPT
-from minisign.jitter import JITTER, UNITS, jittered
+from minisign.lab.build import build_model, load_tokens
+from minisign.lab.config import Config
+from minisign.lab.gpt import GPT
+from minisign.lab.jitter import JITTER, UNITS, jittered
+from minisign.lab.train import Run
 from minisign.lessons import start
-from minisign.train import Config, Run, build_model, load_tokens
 
 ROOT = Path(__file__).parent.parent
 SMALL = Config(vocab_size=300, width=16, heads=2, layers=1, context=8)
@@ -111,7 +113,7 @@ def test_every_model_that_is_trained_is_made_by_build_model() -> None:
                 called = {ast.unparse(x.func) for x in ast.walk(function) if isinstance(x, ast.Call)}
                 makers |= {f"{path.stem}.{function.name}"} if "GPT" in called else set()
     assert makers == {
-        "train.build_model",
+        "build.build_model",
         "pretrained._own",
         "fix_tied.check_load_tied",
         "fix_hybrid._models",

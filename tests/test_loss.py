@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minisign.loss import cross_entropy
+from minisign.lab.loss import cross_entropy
 from minisign.probes.memory import PeakMemory
 
 SHAPES = [(1, 1), (7, 5), (500, 4096), (333, 3001)]  # the last two in several parts, and not of equal size

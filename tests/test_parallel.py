@@ -21,13 +21,15 @@ from processes import HANG, wait_until
 from safetensors.torch import load_file
 
 from minisign import EmbeddingWatch, Tiger, track_rows
-from minisign.checkpoint import newest, steps_of
-from minisign.corpus import CorpusConfig, generate
+from minisign.doctor.watch import LOG
+from minisign.lab.build import load_tokens
+from minisign.lab.checkpoint import newest, steps_of
+from minisign.lab.config import Config
+from minisign.lab.corpus import CorpusConfig, generate
+from minisign.lab.parallel import ALONE, World, joined
+from minisign.lab.train import MODEL, Run, train
 from minisign.engine.shards import check_rows, first_row, local
-from minisign.parallel import ALONE, World, joined
-from minisign.processes import ONE_THREAD
-from minisign.train import MODEL, Config, Run, load_tokens, train
-from minisign.watch import LOG
+from minisign.studies.processes import ONE_THREAD
 
 HERE = Path(__file__).parent
 ENGINES = ("ddp", "fsdp")
@@ -175,7 +177,7 @@ def test_two_processes_with_half_the_batch_are_one(name: str, engine: str, two: 
 @pytest.mark.trained
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", WATCHED)
-@pytest.mark.filterwarnings("ignore::minisign.watch.EmbeddingWarning")
+@pytest.mark.filterwarnings("ignore::minisign.doctor.watch.EmbeddingWarning")
 def test_a_watch_sees_the_whole_matrix(name: str, engine: str, two: Path, tmp_path: Path) -> None:
     run = alone(name)
     watch = EmbeddingWatch(run.model, run.optimizer, every=4, folder=tmp_path)
@@ -278,11 +280,11 @@ def test_a_killed_process_ends_the_others_and_leaves_the_checkpoint(engine: str,
 def test_train_at_the_shell(tmp_path: Path) -> None:
     (tmp_path / "text").write_text(generate(BASE["corpus"]))
     small = "--batch 6 --context 8 --width 16 --vocab-size 500 --layers 1".split()
-    common = ["-m", "minisign", "train", "--text", str(tmp_path / "text"), *small]
+    common = ["-m", "minisign.cli", "train", "--text", str(tmp_path / "text"), *small]
     done = torchrun(2, *common, "--steps", "6", "--parallel", "fsdp", "--out", str(tmp_path / "a"))
     assert done.stdout.count("step 6: training loss") == 1
     more = ["--steps", "9", "--parallel", "ddp", "--resume", str(tmp_path / "a")]
-    done = torchrun(2, "-m", "minisign", "train", *more)
+    done = torchrun(2, "-m", "minisign.cli", "train", *more)
     assert done.stdout.count("step 9: training loss") == 1
     wrong = torchrun(2, *common, "--parallel", "ddp", "--lr", "-1", "--out", str(tmp_path), check=False)
     assert wrong.returncode != 0

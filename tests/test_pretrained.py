@@ -16,10 +16,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers.implementations import ByteLevelBPETokenizer
 
 from minisign.cli import main
-from minisign.corpus import CorpusConfig, generate
-from minisign.examine import examine, matrix
-from minisign.pretrained import IGNORED, examples, load_subject
-from minisign.train import Config, Run, load_tokens
+from minisign.doctor.examine import examine, matrix
+from minisign.doctor.pretrained import IGNORED, examples, load_subject
+from minisign.lab.build import load_tokens
+from minisign.lab.config import Config
+from minisign.lab.corpus import CorpusConfig, generate
+from minisign.lab.train import Run
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 VOCAB = 400

@@ -17,8 +17,8 @@ import pytest
 import torch
 from processes import HANG, wait_until
 
-from minisign import processes
-from minisign.processes import default_jobs, side_by_side
+from minisign.studies import processes
+from minisign.studies.processes import default_jobs, side_by_side
 
 ASK = "import os, sys; print(os.environ.get('OMP_WAIT_POLICY', 'unset'), 'torch' in sys.modules)"
 
@@ -45,7 +45,9 @@ def test_threads_that_wait_do_not_spin_unless_the_user_says_so() -> None:
     assert says("-c", f"import torch, minisign; {ASK}") == "unset True"  # too late: it would be a lie
 
 
-@pytest.mark.parametrize("command", [("-c", "from minisign import lessons"), ("-m", "minisign", "--help")])
+@pytest.mark.parametrize(
+    "command", [("-c", "from minisign import lessons"), ("-m", "minisign.cli", "--help")]
+)
 def test_notebooks_and_the_command_line_set_it_before_torch_is_loaded(
     command: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -181,7 +183,7 @@ def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "import os, sys, time\n"
-        "from minisign.processes import side_by_side\n"
+        "from minisign.studies.processes import side_by_side\n"
         "def sleep(tell):\n"
         "    tell(os.getpid())\n"
         "    time.sleep(1e6)\n"

@@ -1,7 +1,10 @@
-"""The README's figures that come from committed logs are the logs'."""
+"""What README and the pages in docs/ say: figures of committed logs are the logs', links lead somewhere,
+and what they import is there.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -11,11 +14,22 @@ import numpy as np
 import pytest
 from mutants import MUTANTS
 
-from minisign.experiment import figures, read_log, saturated
-from minisign.search import CONTENDERS, best_rate, losses_by_rate
+import minisign
+from minisign.studies.experiment import figures, read_log, saturated
+from minisign.studies.search import CONTENDERS, best_rate, losses_by_rate
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README, COURSE, RESULTS, COMMANDS, SPEED = (
+    (ROOT / name).read_text()
+    for name in (
+        "README.md",
+        "docs/course.md",
+        "docs/results.md",
+        "docs/command-line.md",
+        "docs/speed.md",
+    )
+)
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 FIXES = {
     "none (Tiger)": "tiger",
     "lazy rows": "lazy",
@@ -59,11 +73,13 @@ def test_what_is_said_of_the_main_job() -> None:
         f"±{-tied['embedding_min']:.2f} and {100 * tied['rare_saturated']:.1f} % of the rare components"
     )
     assert f"In one process with two threads {varied}" in text
-    assert f"keeps everything at {new['half_swap']['head_max']:.0f} while" in text
-    assert f"run to ±{new['tied']['embedding_max']:.0f}." in text
+    found = " ".join(RESULTS.split())
+    assert f"keeps everything at {new['half_swap']['head_max']:.0f} while" in found
+    assert f"run to ±{new['tied']['embedding_max']:.0f}." in found
     took = {which: "{:.0f} and {:.0f}".format(*sorted(BUSY["seconds"][which])) for which in ("old", "new")}
     assert BUSY["busy"]
-    assert f"for {BUSY['steps']} steps took {took['new']} seconds, and {took['old']} before" in text
+    sentence = f"for {BUSY['steps']} steps took {took['new']} seconds, and {took['old']} before"
+    assert sentence in " ".join(COMMANDS.split())
 
 
 @pytest.mark.parametrize("name", FIXES)
@@ -84,7 +100,7 @@ def test_table_of_fixes(name: str) -> None:
 
     memory = runs("main", "state_bytes")[0] / figures(log, "main: tiger", "state_bytes")[0]
     cells = [name, f"{near('lesson')} / {near('main')}", loss("lesson"), loss("main"), f"{memory:.2f}"]
-    assert f"| {' | '.join(cells)} |" in README.splitlines()
+    assert f"| {' | '.join(cells)} |" in RESULTS.splitlines()
 
 
 def test_figures_of_fine_tuning_and_repair() -> None:
@@ -93,7 +109,7 @@ def test_figures_of_fine_tuning_and_repair() -> None:
         name: figures(log, f"main: {name}", "second/after/mean").mean()
         for name in ("tiger", "from scratch", "hybrid", "adamw")
     }
-    text = " ".join(README.split())
+    text = " ".join(RESULTS.split())
     assert (
         f"ends at {after['tiger']:.2f}, worse than an untrained one ({after['from scratch']:.2f})" in text
     )
@@ -106,7 +122,7 @@ def test_figures_of_the_centered_head() -> None:
     for label in {line["job"]["label"] for line in log}:
         if re.match(r"(tied|half_swap), base", label):
             share["centered" in label] += saturated(log, label).tolist()
-    text = " ".join(README.split())
+    text = " ".join(RESULTS.split())
     assert f"at most {max(share[True]):.0%} come near the bound".replace("%", " %") in text
     assert f"without, at least {min(share[False]):.0%} in the base form".replace("%", " %") in text
 
@@ -119,11 +135,11 @@ def test_table_of_optimizers(label: str) -> None:
     common = losses_by_rate(log, label, "head_common")[1][rates == best_rate(log, label)].mean()
     good = int((losses.mean(axis=1) < here.mean() + 0.5).sum())
     loss = f"{here.mean():.2f} ({here.min():.2f}–{here.max():.2f})"
-    assert f"| {label} | {loss} | {good} of {len(rates)} | {common:.2f} |" in README.splitlines()
+    assert f"| {label} | {loss} | {good} of {len(rates)} | {common:.2f} |" in RESULTS.splitlines()
 
 
 def test_figures_of_the_norm_placement() -> None:
-    log, text = read_log("norm_placement"), " ".join(README.split())
+    log, text = read_log("norm_placement"), " ".join(RESULTS.split())
 
     def times(layers: int) -> str:
         pre, post = (
@@ -166,11 +182,11 @@ def test_table_of_remedies(name: str) -> None:
     calm, plain = (figures(log, f"{what}, undisturbed", "val_loss") for what in (label, "none"))
     cost = f"{(calm - plain).mean():+.2f}".replace("-0.00", "+0.00")
     end = f"{final.mean():.2f} ({final.min():.2f}–{final.max():.2f})"
-    assert f"| {name} | {after.mean():.2f} | {end} | {cost} |" in README.splitlines()
+    assert f"| {name} | {after.mean():.2f} | {end} | {cost} |" in RESULTS.splitlines()
 
 
 def test_figures_of_the_undisturbed_run_and_of_the_jumps() -> None:
-    log, text = read_log("remedies"), " ".join(README.split())
+    log, text = read_log("remedies"), " ".join(RESULTS.split())
     after, end = (figures(log, "none, undisturbed", figure).mean() for figure in ("after", "val_loss"))
     assert f"where the undisturbed run has {after:.2f}, and at the end, where it has {end:.2f}" in text
     natural = read_log("instability")
@@ -180,11 +196,11 @@ def test_figures_of_the_undisturbed_run_and_of_the_jumps() -> None:
         assert jumps[label].max() < 0.15
 
 
-SPEED = json.loads((ROOT / "benchmarks" / "results" / "amd-epyc-1-thread.json").read_text())["results"]
+STEPS = json.loads((ROOT / "benchmarks" / "results" / "amd-epyc-1-thread.json").read_text())["results"]
 
 
 def test_table_of_speed() -> None:
-    found = {(line["size"], line["name"]): line for line in SPEED}
+    found = {(line["size"], line["name"]): line for line in STEPS}
     for (size, name), line in found.items():
         if size == "10m":
             share = line["share_of_copy_bandwidth"]
@@ -194,21 +210,21 @@ def test_table_of_speed() -> None:
                 "" if share is None else f"{share:.2f}",
                 f"{found['small', name]['ratio_to_fused_adamw']:.2f}",
             )
-            assert f"| {' | '.join(cells)} |" in README.splitlines()
+            assert f"| {' | '.join(cells)} |" in SPEED.splitlines()
 
 
 def test_table_of_lazy_steps() -> None:
-    for line in SPEED:
+    for line in STEPS:
         if line["size"] == "lazy":
             figures = (
                 line[name] for name in ("ratio_to_dense", "ratio_to_dense_alone", "ratio_to_fused_adamw")
             )
             cells = [line["name"], *(f"{x:.3f}" for x in figures)]
-            assert f"| {' | '.join(cells)} |" in README.splitlines()
+            assert f"| {' | '.join(cells)} |" in SPEED.splitlines()
 
 
 def test_the_loop_against_the_fastest_published_one() -> None:
-    times = {line["name"]: line["milliseconds"] for line in SPEED if line["size"] == "10m"}
+    times = {line["name"]: line["milliseconds"] for line in STEPS if line["size"] == "10m"}
     published = (
         "torch-optimi Lion",
         "torch-optimi Lion (loop)",
@@ -217,7 +233,7 @@ def test_the_loop_against_the_fastest_published_one() -> None:
     )
     slower = times["Lion"] / min(times[name] for name in published) - 1
     assert slower <= 0.05
-    assert "as fast as the fastest published one to within 5 %" in " ".join(README.split())
+    assert "as fast as the fastest published one to within 5 %" in " ".join(SPEED.split())
 
 
 def on_the_gpu(part: str) -> dict[str, Any]:
@@ -226,7 +242,7 @@ def on_the_gpu(part: str) -> dict[str, Any]:
 
 
 def test_the_speed_on_a_gpu() -> None:
-    text, speed = " ".join(README.split()), on_the_gpu("speed")
+    text, speed = " ".join(SPEED.split()), on_the_gpu("speed")
     assert f"({speed['card']}, torch {speed['torch'].partition('+')[0]};" in text
     lines = {(x["size"], x["name"]): x for x in speed["results"]}
     took = {key: x["ratio_to_fused_adamw"] for key, x in lines.items()}
@@ -254,7 +270,7 @@ def test_the_speed_on_a_gpu() -> None:
 
 
 def test_the_tests_and_the_silent_momentum_on_a_gpu() -> None:
-    text, tests = " ".join(README.split()), on_the_gpu("kernels")
+    text, tests = " ".join(SPEED.split()), on_the_gpu("kernels")
     assert tests["tests"] - tests["passed"] == len(tests["failures"]) == 3
     assert all("found_inf" in name for name in tests["failures"])
     assert "passed but for three: steps with a `found_inf`" in text
@@ -267,7 +283,7 @@ def test_the_tests_and_the_silent_momentum_on_a_gpu() -> None:
 
 
 def test_the_article_at_the_size_of_gpt2() -> None:
-    text, found = " ".join(README.split()), on_the_gpu("article")
+    text, found = " ".join(RESULTS.split()), on_the_gpu("article")
     tiger, lazy = found["runs"]
     assert f"a rate of {found['config']['lr']:.4f} stands at ±{tiger['embedding_max']:.2f}" in text
     assert f"{tiger['parameters'] / 1e6:.0f}M parameters, {found['config']['vocab_size']:,} tokens" in text
@@ -279,4 +295,64 @@ def test_the_article_at_the_size_of_gpt2() -> None:
 
 
 def test_number_of_mutants() -> None:
-    assert f"`make mutants` plants {len(MUTANTS)} bugs" in README
+    assert f"`make mutants` plants {len(MUTANTS)} bugs" in COURSE
+
+
+def test_what_readme_says_of_the_speed() -> None:
+    steps = {(x["size"], x["name"]): x for x in (*STEPS, *on_the_gpu("speed")["results"])}
+    cpu, gpu = (steps[size, "Lion (fused)"]["ratio_to_fused_adamw"] for size in ("10m", "350m"))
+    expected = (
+        f"takes {cpu:.2f} of the time of `torch.optim.AdamW(fused=True)` on a CPU, {gpu:.2f} on a GPU"
+    )
+    assert expected in " ".join(README.split())
+
+
+# --- that the pages lead somewhere ----------------------------------------------------------------
+
+
+def test_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 160
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            file, _, heading = target.partition("#")
+            there = page.parent / file
+            assert there.exists(), target
+            titles = re.findall(r"^#+ (.*)$", there.read_text(), re.MULTILINE) if heading else []
+            assert not heading or heading in [title.lower().replace(" ", "-") for title in titles], target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_what_a_page_names_is_there(page: Path) -> None:
+    text = page.read_text()
+    for module, names in re.findall(r"^from (minisign\S*) import ([^#\n]+)", text, re.MULTILINE):
+        for name in names.split(","):
+            assert hasattr(importlib.import_module(module), name.strip()), f"{module}.{name}"
+    for path in re.findall(r"`(minisign/[a-z_/.]+)`", text):
+        assert (ROOT / path).exists(), path
+    for dotted in re.findall(r"`minisign\.([\w.]+)`", text):
+        found: Any = minisign
+        for part in dotted.split("."):
+            if not hasattr(found, part):
+                importlib.import_module(f"{found.__name__}.{part}")
+            found = getattr(found, part)
+
+
+def test_all_pages_are_linked_from_readme() -> None:
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"](docs/{page.name})" in README
+
+
+def test_the_tree_in_contributing_is_the_packages() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    tree = text[text.index("    minisign/\n") : text.index("| beside it |")]
+    files = {file.name for file in (ROOT / "minisign").glob("*/*") if file.is_file()}
+    assert set(re.findall(r"\w+\.(?:py|cpp)\b", tree)) <= {*files, "theory.py"}
+    for room in ("lab", "doctor", "studies", "plots"):
+        for file in (ROOT / "minisign" / room).glob("[!_]*.py"):
+            assert file.name in tree
+    for entry in (ROOT / "minisign").glob("[!_]*"):
+        assert f"\n      {entry.name}{'/' if entry.is_dir() else ''} " in tree

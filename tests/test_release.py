@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from minisign import Tiger, param_groups
-from minisign.jitter import jittered
+from minisign.lab.jitter import jittered
 from minisign.probes.memory import PeakMemory
 
 K = 8

@@ -22,9 +22,9 @@ from fuzzing import HARMFUL, READERS, fuzz
 from processes import FORKS, HANG, wait_until
 from safetensors.torch import save_file
 
-from minisign.checkpoint import steps_of
-from minisign.corpus import CorpusConfig, generate
-from minisign.files import write_json, write_whole
+from minisign.lab.checkpoint import steps_of
+from minisign.lab.corpus import CorpusConfig, generate
+from minisign.lab.files import write_json, write_whole
 
 KILLS = 30
 

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from minisign.corpus import CorpusConfig, is_rare_language
-from minisign.finetune import fine_tune, second_language
-from minisign.repair import WAYS, reset_rows
-from minisign.train import Config, Run, load_tokens, train, validation_loss
+from minisign.doctor.repair import WAYS, reset_rows
+from minisign.lab.build import load_tokens
+from minisign.lab.config import Config
+from minisign.lab.corpus import CorpusConfig, is_rare_language
+from minisign.lab.train import Run, train, validation_loss
+from minisign.studies.finetune import fine_tune, second_language
 
 # --- repair ---------------------------------------------------------------------------------------
 

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from minisign import reproduce as module
-from minisign.corpus import CorpusConfig
-from minisign.reproduce import Outcome, Progress, reproduce, run_variant
-from minisign.train import Config, load_tokens
+from minisign.lab.build import load_tokens
+from minisign.lab.config import Config
+from minisign.lab.corpus import CorpusConfig
+from minisign.studies import reproduce as module
+from minisign.studies.reproduce import Outcome, Progress, reproduce, run_variant
 
 PICTURES = ["distribution.png", "growth.png", "rows.png"]
 SMALL = Config(
@@ -67,17 +68,39 @@ def test_the_order_is_that_of_the_names_whatever_finishes_first(
         yield from sorted(real(*arguments), reverse=True)
 
     monkeypatch.setattr(module, "side_by_side", backwards)
-    came: list[str] = []
     written: list[list[str]] = []
+    write = module.write_results
 
-    def finished(outcome: Outcome) -> None:
-        came.append(outcome.result["variant"])
-        written.append([run["variant"] for run in results(tmp_path)["runs"]])
+    def write_and_note(out: Path, about: Any, outcomes: list[Outcome]) -> None:
+        write(out, about, outcomes)
+        written.append(names(outcomes))
 
-    found = reproduce(("lion", "tiger"), base=SMALL, out=tmp_path, finished=finished, jobs=2)
-    assert came == ["tiger", "lion"]
-    assert written == [["tiger"], ["lion", "tiger"]]
+    monkeypatch.setattr(module, "write_results", write_and_note)
+    came: dict[str, Outcome] = {}
+    found = reproduce(("lion", "tiger"), base=SMALL, out=tmp_path, jobs=2, outcomes=came)
+    assert list(came) == ["tiger", "lion"]
+    assert written[:2] == [["tiger"], ["lion", "tiger"]]
     assert names(found) == ["lion", "tiger"]
+    assert [run["variant"] for run in results(tmp_path)["runs"]] == ["lion", "tiger"]
+
+
+def test_ctrl_c_before_a_result_is_written_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = module.write_results
+    asked: list[int] = []
+
+    def interrupted(*arguments: Any) -> None:
+        asked.append(1)
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        write(*arguments)
+
+    monkeypatch.setattr(module, "write_results", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce(("lion", "tiger"), base=SMALL, out=tmp_path)
+    assert [run["variant"] for run in results(tmp_path)["runs"]] == ["lion"]
+    assert (tmp_path / "growth.png").exists()
 
 
 def test_check_sums_tell_weights_apart() -> None:

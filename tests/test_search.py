@@ -9,9 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minisign.corpus import CorpusConfig
+from minisign.lab.build import load_tokens
+from minisign.lab.config import Config
+from minisign.lab.corpus import CorpusConfig
+from minisign.lab.tokenizer import Tokens
+from minisign.lab.train import validation_loss
 from minisign.probes import common_mode
-from minisign.search import (
+from minisign.studies.search import (
     CONTENDERS,
     best_rate,
     losses_by_rate,
@@ -24,8 +28,6 @@ from minisign.search import (
     start_batches,
     start_figures,
 )
-from minisign.tokenizer import Tokens
-from minisign.train import Config, load_tokens, validation_loss
 
 SMALL: dict[str, Any] = dict(
     corpus=CorpusConfig(words=4000),

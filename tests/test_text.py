@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minisign.corpus import (
+from minisign.lab.config import Config
+from minisign.lab.corpus import (
     COMMON,
     DEFAULT,
     CorpusConfig,
@@ -25,8 +26,7 @@ from minisign.corpus import (
     sha256,
     zipf_weights,
 )
-from minisign.tokenizer import read_text, tokenize, train_encoding, vocabulary_lines
-from minisign.train import Config
+from minisign.lab.tokenizer import read_text, tokenize, train_encoding, vocabulary_lines
 
 DATA = Path(__file__).parent.parent / "data"
 HASHES = json.loads((DATA / "hashes.json").read_text())

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from minisign import AdamW, Hybrid, Lion, Signum, Tiger, theory
-from minisign.gpt import GPT, GPTConfig
+from minisign.lab.gpt import GPT, GPTConfig
 from minisign.probes import (
     common_mode,
     extremes,

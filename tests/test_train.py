@@ -17,21 +17,14 @@ from safetensors.torch import load_file, load_model
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from minisign import Hybrid
-from minisign.checkpoint import steps_of
-from minisign.corpus import CorpusConfig, generate
-from minisign.files import write_whole
-from minisign.gpt import GPT, Center
-from minisign.train import (
-    Config,
-    Run,
-    build_model,
-    build_optimizer,
-    load_tokens,
-    pick_device,
-    train,
-    training_step,
-    validation_loss,
-)
+from minisign.lab.build import build_model, build_optimizer, load_tokens
+from minisign.lab.checkpoint import steps_of
+from minisign.lab.config import Config
+from minisign.lab.corpus import CorpusConfig, generate
+from minisign.lab.files import write_whole
+from minisign.lab.gpt import GPT, Center
+from minisign.lab.parallel import pick_device
+from minisign.lab.train import Run, train, training_step, validation_loss
 
 SMALL: dict[str, Any] = dict(
     corpus=CorpusConfig(words=4000, rare_share=0.1),
@@ -365,7 +358,7 @@ def test_bad_checkpoints(tmp_path: Path, text_file: Path, caplog: pytest.LogCapt
             file.write_bytes(bad)
             caplog.clear()
             assert Run.resume(tmp_path).step == 8
-            (record,) = [r for r in caplog.records if r.name == "minisign.checkpoint"]
+            (record,) = [r for r in caplog.records if r.name == "minisign.lab.checkpoint"]
             assert record.getMessage().endswith("; going on from step 8")
             assert str(newest) in record.getMessage()
         file.unlink()

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from minisign import AdamW, EmbeddingWatch, Hybrid, Lion, Signum, Tiger, param_groups
-from minisign.jitter import jittered
-from minisign.watch import LOG, EmbeddingWarning
+from minisign.doctor.watch import LOG, EmbeddingWarning
+from minisign.lab.jitter import jittered
 
 V, D = 400, 16
 STOPS = 40  # from this step on only half the tokens come

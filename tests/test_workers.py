@@ -49,7 +49,7 @@ def test_there_is_a_worker_for_each_core_and_at_least_one(monkeypatch: pytest.Mo
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid, n=cores: set(range(n)), raising=False)
         memory = {"SC_PHYS_PAGES": gibibytes << 20, "SC_PAGE_SIZE": 1024}
         monkeypatch.setattr(os, "sysconf", memory.__getitem__)
-        monkeypatch.setattr("minisign.processes._read", lambda path: "")
+        monkeypatch.setattr("minisign.studies.processes._read", lambda path: "")
         assert workers.pytest_xdist_auto_num_workers() == expected
 
 

@@ -17,7 +17,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from minisign.files import write_whole
+from minisign.lab.files import write_whole
 from minisign.kernels import triton, words
 from minisign.kernels.cpu import folder
 from minisign.kernels.table import Call, Form, Launch

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from minisign.jitter import JITTER, natural_number
+from minisign.lab.jitter import JITTER, natural_number
 
 SEED = "MINISIGN_SEED"
 
@@ -19,7 +19,7 @@ def start() -> int:
     """The first cell of every notebook: prints versions, device and threads, returns the seed.
 
     The seed is 0, or that of the environment variable ``MINISIGN_SEED``, to see what depends on it. What
-    depends on rounding alone is seen with ``MINISIGN_JITTER`` (:mod:`minisign.jitter`).
+    depends on rounding alone is seen with ``MINISIGN_JITTER`` (:mod:`minisign.lab.jitter`).
 
     Raises:
         ValueError: a seed or a jitter that is no natural number.

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from minisign.instability import worst_jump
 from minisign.lessons import RIGHT, Verdict, ask, checker
 from minisign.probes import coming_update
+from minisign.studies.instability import worst_jump
 
 
 @checker

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from minisign import theory
-from minisign.gpt import GPT, GPTConfig
+from minisign.lab.gpt import GPT, GPTConfig
 from minisign.lessons import RIGHT, Verdict, ask, checker
 from minisign.optim import param_groups
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minisign.gpt import GPT, GPTConfig
+from minisign.lab.gpt import GPT, GPTConfig
 from minisign.lessons import RIGHT, Verdict, ask, checker
 
 

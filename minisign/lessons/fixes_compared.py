@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minisign.doctor.repair import reset_rows
 from minisign.lessons import RIGHT, Verdict, ask, checker
 from minisign.optim import AdamW, Hybrid, Tiger
-from minisign.repair import reset_rows
 
 
 @checker

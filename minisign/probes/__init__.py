@@ -29,16 +29,13 @@ from minisign.probes.saturation import (
     size_by_kappa,
 )
 from minisign.probes.speed import ratios, take_turns
+from minisign.probes.update_watch import EDGES, UpdateFigures, UpdateWatch, update_figures
 from minisign.probes.updates import (
     BEYOND,
-    EDGES,
     Update,
-    UpdateFigures,
-    UpdateWatch,
     coming_update,
     coming_updates,
     descent_cosine,
-    update_figures,
     update_kind,
 )
 

@@ -1,0 +1,57 @@
+"""Figures from plain numbers. Nothing here trains or measures."""
+
+from minisign.plots.figures import (
+    bars,
+    curves,
+    densities,
+    histograms_over_time,
+    intervals,
+    panels,
+    phase_maps,
+    trajectories,
+)
+from minisign.plots.reports import distributions, examination, growth, inspections, rows_by_frequency
+from minisign.plots.style import (
+    BLACK,
+    BLUE,
+    CYCLE,
+    GREEN,
+    GREY,
+    OPTIMIZERS,
+    ORANGE,
+    PURPLE,
+    RED,
+    SKY,
+    STYLES,
+    new_figure,
+    save,
+)
+
+__all__ = [
+    "BLACK",
+    "BLUE",
+    "CYCLE",
+    "GREEN",
+    "GREY",
+    "OPTIMIZERS",
+    "ORANGE",
+    "PURPLE",
+    "RED",
+    "SKY",
+    "STYLES",
+    "bars",
+    "curves",
+    "densities",
+    "distributions",
+    "examination",
+    "growth",
+    "histograms_over_time",
+    "inspections",
+    "intervals",
+    "new_figure",
+    "panels",
+    "phase_maps",
+    "rows_by_frequency",
+    "save",
+    "trajectories",
+]
