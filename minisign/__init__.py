@@ -29,4 +29,16 @@ from minisign.optim import (
 
 __version__ = "0.1.0"
 
-__all__ = ["AdamW", "EmbeddingWatch", "Hybrid", "Lion", "SGD", "Signum", "Tiger", "optimizer", "param_groups", "rms", "track_rows"]
+__all__ = [
+    "SGD",
+    "AdamW",
+    "EmbeddingWatch",
+    "Hybrid",
+    "Lion",
+    "Signum",
+    "Tiger",
+    "optimizer",
+    "param_groups",
+    "rms",
+    "track_rows",
+]

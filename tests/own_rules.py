@@ -90,7 +90,9 @@ def adan_oracle(p: Array, g: Array, buffers: list[Array], t: int) -> None:
 # --- Lion with a soft sign ------------------------------------------------------------------------
 
 
-def soft_lion(p: Tensor, g: Tensor, m: Tensor, *, lr: float, beta1: float, beta2: float, width: float) -> None:
+def soft_lion(
+    p: Tensor, g: Tensor, m: Tensor, *, lr: float, beta1: float, beta2: float, width: float
+) -> None:
     update = (m.lerp(g, 1 - beta1) / width).tanh_()
     m.lerp_(g, 1 - beta2)
     p.add_(update, alpha=-lr)
@@ -157,12 +159,21 @@ HeavyBall = optimizer(heavy_ball, buffers=MOMENTUM, lr=0.01, beta=0.9)
 Nesterov = optimizer(nesterov, buffers=MOMENTUM, lr=0.01, beta=0.9)
 RmsProp = optimizer(rms_prop, buffers=("square",), lr=0.01, alpha=0.95, eps=1e-6)
 Adan = optimizer(
-    adan, buffers=("m", "v", "n", "last"), lr=0.01, beta1=0.98, beta2=0.92, beta3=0.99, eps=1e-8, weight_decay=0.02
+    adan,
+    buffers=("m", "v", "n", "last"),
+    lr=0.01,
+    beta1=0.98,
+    beta2=0.92,
+    beta3=0.99,
+    eps=1e-8,
+    weight_decay=0.02,
 )
 SoftLion = optimizer(
     soft_lion, buffers=MOMENTUM, bounds={"width": (1e-12, 1e12)}, lr=0.01, beta1=0.9, beta2=0.99, width=0.3
 )
-CautiousDecay = optimizer(cautious_decay, buffers=MOMENTUM, lr=0.01, beta1=0.9, beta2=0.99, weight_decay=0.1)
+CautiousDecay = optimizer(
+    cautious_decay, buffers=MOMENTUM, lr=0.01, beta1=0.9, beta2=0.99, weight_decay=0.1
+)
 CautiousMask = optimizer(cautious_mask, buffers=MOMENTUM, lr=0.01, beta1=0.9, beta2=0.99)
 RelativeBall = optimizer(relative_ball, buffers=MOMENTUM, lr=0.01, beta=0.9, over="rms")
 OWN: dict[Any, Oracle] = {

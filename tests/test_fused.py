@@ -14,7 +14,6 @@ Everything else is equal bit for bit, and the C++ step and the interpreted Trito
 from __future__ import annotations
 
 import copy
-import ctypes
 import gc
 import io
 import itertools

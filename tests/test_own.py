@@ -12,7 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from own_rules import MOMENTUM, OWN, SMOOTH, Adan, CautiousDecay, HeavyBall, Nesterov, RelativeBall, RmsProp, heavy_ball
+from own_rules import (
+    MOMENTUM,
+    OWN,
+    SMOOTH,
+    Adan,
+    CautiousDecay,
+    HeavyBall,
+    Nesterov,
+    RelativeBall,
+    RmsProp,
+    heavy_ball,
+)
 from torch import Tensor, nn
 
 from minisign import AdamW, Lion, Signum, Tiger, optimizer, param_groups, track_rows
@@ -27,7 +38,10 @@ SHAPES = [(7, 5), (6,), (), (0, 3), (3, 2, 2), (1023,), (1025,), (33, 32)]
 
 def parameters(dtype: torch.dtype = torch.float32, shapes: Any = SHAPES) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(1)
-    return [nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)) for shape in shapes]
+    return [
+        nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
+        for shape in shapes
+    ]
 
 
 def gradients(t: int, shapes: Any = SHAPES) -> list[Tensor]:
@@ -36,7 +50,9 @@ def gradients(t: int, shapes: Any = SHAPES) -> list[Tensor]:
     return [g * (torch.rand(g.shape, generator=generator) > 0.2) for g in found]
 
 
-def train(cls: Any, steps: int, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Any, list[Tensor]]:
+def train(
+    cls: Any, steps: int, dtype: torch.dtype = torch.float32, **options: Any
+) -> tuple[Any, list[Tensor]]:
     ps = parameters(dtype)
     made = cls(ps, **options)
     for t in range(steps):
@@ -50,7 +66,9 @@ def assert_close(cls: Any, found: list[Tensor], expected: list[Tensor], ulps: fl
     for a, b in zip(found, expected, strict=True):
         if cls in SMOOTH:
             allowed = ulps * torch.finfo(a.dtype).eps * torch.maximum(b.float().abs(), torch.tensor(0.01))
-            assert bool(((a.float() - b.float()).abs() <= allowed).all()), (a.float() - b.float()).abs().max()
+            assert bool(((a.float() - b.float()).abs() <= allowed).all()), (
+                (a.float() - b.float()).abs().max()
+            )
         else:
             assert torch.equal(a, b)
 
@@ -110,7 +128,10 @@ def test_rows(cls: Any, road: str, lazy: str) -> None:
         for e in (embedding, plain):
             e.zero_grad()
             (e(ids) * weights).sum().backward()
-        before = [embedding.weight.detach().clone(), *(made.state[embedding.weight].get(b) for b in buffers)]
+        before = [
+            embedding.weight.detach().clone(),
+            *(made.state[embedding.weight].get(b) for b in buffers),
+        ]
         kept = plain.weight.detach().clone(), {b: x.clone() for b, x in dense.state[plain.weight].items()}
         made.step()
         dense.step()
@@ -203,12 +224,16 @@ def test_what_the_kernels_do_not_know_runs_on_the_plain_roads() -> None:
         _, (p, *_) = train(cls, 1, **road)
         expected = parameters()[0] - 0.1 * torch.erf(gradients(0)[0].float())
         torch.testing.assert_close(p, expected.detach())
-    with pytest.raises(RuntimeError, match=r"line \d+ of .*test_own\.py, `p\.sub_\(g\.erf\(\), alpha=lr\)` uses erf"):
+    with pytest.raises(
+        RuntimeError, match=r"line \d+ of .*test_own\.py, `p\.sub_\(g\.erf\(\), alpha=lr\)` uses erf"
+    ):
         cls(parameters(), fused=True)
 
 
 def test_choosing_by_a_tensors_values_is_an_error() -> None:
-    with pytest.raises(TypeError, match=r"`if g\.abs\(\) > 1:` depends on a tensor's values; .* torch\.where"):
+    with pytest.raises(
+        TypeError, match=r"`if g\.abs\(\) > 1:` depends on a tensor's values; .* torch\.where"
+    ):
         optimizer(branching, lr=0.1)
 
 
@@ -319,13 +344,17 @@ def expanded(p: nn.Parameter, made: Any) -> None:
     made.state[p]["momentum"] = torch.zeros(1, 4).expand(8, 4)
 
 
-@pytest.mark.parametrize("wrong", [of_another_vocabulary, replaced, smaller_at_the_same_place, of_another_order, expanded])
+@pytest.mark.parametrize(
+    "wrong", [of_another_vocabulary, replaced, smaller_at_the_same_place, of_another_order, expanded]
+)
 @pytest.mark.parametrize("road", ["plain", *ROADS])
 @pytest.mark.parametrize("lazy", [False, "grad"])
 def test_shapes_are_checked_before_anything_moves(wrong: Any, road: str, lazy: Any) -> None:
     first, p = nn.Parameter(torch.ones(5, 3)), nn.Parameter(torch.ones(8, 4))
     made = Tiger(
-        [{"params": [("first", first)]}, {"params": [("table", p)], "lazy": lazy}], scale=1.0, **ROADS.get(road, {})
+        [{"params": [("first", first)]}, {"params": [("table", p)], "lazy": lazy}],
+        scale=1.0,
+        **ROADS.get(road, {}),
     )
     for _ in range(2):
         for x in (first, p):
@@ -361,7 +390,8 @@ def test_other_strides_and_dtypes_of_a_state_and_shared_memory_are_seen(road: st
 
 @pytest.mark.parametrize("road", ["plain", *ROADS])
 @pytest.mark.parametrize(
-    "step", [7, 7.0, torch.tensor(7), torch.tensor(7, dtype=torch.int32), torch.tensor(7.0, dtype=torch.float64)]
+    "step",
+    [7, 7.0, torch.tensor(7), torch.tensor(7, dtype=torch.int32), torch.tensor(7.0, dtype=torch.float64)],
 )
 def test_a_counter_of_any_kind_is_read_rightly(road: str, step: Any) -> None:
     made, ps = [], []

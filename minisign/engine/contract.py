@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
+
+from minisign.engine.words import Rule
 
 Group: TypeAlias = dict[str, Any]
 
@@ -48,3 +50,39 @@ class ExactOptimizer(torch.optim.Optimizer):
                 current = state[p].get(name)
                 if isinstance(current, Tensor) and current.dtype != value.dtype:
                     state[p][name] = value.detach().to(current.device, copy=True)
+
+
+class Owner(ExactOptimizer):
+    """What the roads ask an optimizer for.
+
+    Attributes:
+        rule: one step in place, ``rule(p, g, *buffers, **numbers)``.
+        buffers: what the state calls them.
+        bounds: of each number, [low, below); None: it has none. ``betas`` are the rule's ``beta1``, ``beta2``, …
+        own: numbers that :meth:`own_numbers` may give; the rule asks nothing of them (``if``).
+        counts: the rule has the number of its step.
+    """
+
+    rule: ClassVar[Rule]
+    buffers: ClassVar[tuple[str, ...]] = ("momentum",)
+    bounds: ClassVar[Mapping[str, tuple[float, float] | None]]
+    own: ClassVar[tuple[str, ...]] = ()
+    counts: ClassVar[bool] = False
+
+    def own_numbers(self, p: Tensor, group: Group) -> Group:
+        """Those of the rule's numbers that are others for this parameter."""
+        return {}
+
+    def number(self, p: Tensor) -> int:
+        """The place of ``p`` among the optimizer's parameters."""
+        cache = self.cache("numbers")
+        if id(p) not in cache:
+            cache.clear()
+            params = (q for group in self.param_groups for q in group["params"])
+            cache.update({id(q): i for i, q in enumerate(params)})
+        return int(cache[id(p)])
+
+    def cache(self, of: Any) -> dict[Any, Any]:
+        """What can be made again at any time, and so is part of no copy and no checkpoint."""
+        caches: dict[Any, dict[Any, Any]] = self.__dict__.setdefault("_caches", {})
+        return caches.setdefault(of, {})

@@ -13,12 +13,13 @@ from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter, is_
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from minisign import kernels
+from minisign.engine.contract import Owner
 from minisign.engine.halves import take
 from minisign.engine.lazy import sparse_rows
 from minisign.engine.rounding import noise_of
@@ -26,11 +27,9 @@ from minisign.engine.rows import forget_rows, recorded_rows
 from minisign.engine.words import WORDS, Rule
 from minisign.engine.work import Group, Work, look, numbers_of
 from minisign.kernels import cpp, triton
+from minisign.kernels.program import Program, program
 from minisign.kernels.table import TYPES, Call, Item, Launch, launches
-from minisign.kernels.trace import DOUBLE, FLOAT, Program, Untraceable, trace
-
-if TYPE_CHECKING:
-    from minisign.engine.optimizer import Optimizer
+from minisign.kernels.trace import DOUBLE, FLOAT, Untraceable
 
 _PROGRAMS: dict[Any, list[Program]] = {}
 
@@ -44,7 +43,7 @@ class Part(NamedTuple):
     own: tuple[str, ...]
 
 
-def check(optimizer: Optimizer, group: Group) -> None:
+def check(optimizer: Owner, group: Group) -> None:
     """Raises RuntimeError where a back end is not to be had, or the kernels do not know what the rule does."""
     for device in {p.device for p in group["params"]}:
         kernels.backend(group["fused"], device)
@@ -58,7 +57,7 @@ def check(optimizer: Optimizer, group: Group) -> None:
 def program_of(part: Part, counts: bool) -> Program:
     """Made once for a rule, its words, and what it asked of its numbers."""
     numbers = {name: x for name, x in part.numbers if name not in part.own}
-    scalars = {name: DOUBLE for name in part.own} | ({"step": DOUBLE} if counts else {})
+    scalars = dict.fromkeys(part.own, DOUBLE) | ({"step": DOUBLE} if counts else {})
     scalars |= {name: FLOAT for name, x in numbers.items() if isinstance(x, Tensor)}
     floats = {name: float(x) for name, x in numbers.items() if isinstance(x, (int, float))}
     words = {name: x for name, x in numbers.items() if name not in floats and name not in scalars}
@@ -66,12 +65,12 @@ def program_of(part: Part, counts: bool) -> Program:
     for made in _PROGRAMS.setdefault(key, []):
         if made.answers(**floats) == tuple(made.trace.conditions.values()):
             return made
-    made = trace(part.rule, floats | words, scalars)
+    made = program(part.rule, floats | words, scalars)
     _PROGRAMS[key].append(made)
     return made
 
 
-def text(optimizer: Optimizer, device: str) -> str:
+def text(optimizer: Owner, device: str) -> str:
     """The kernel of an optimizer that has one parameter.
 
     Raises:
@@ -89,13 +88,13 @@ def text(optimizer: Optimizer, device: str) -> str:
     return (cpp if device == "cpu" else triton).write(program_of(part, optimizer.counts), form)
 
 
-def kept(optimizer: Optimizer, group: Group) -> Plan | None:
+def kept(optimizer: Owner, group: Group) -> Plan | None:
     """The plan of the last step, if all is as it was."""
     plan: Plan | None = optimizer.cache(id(group)).get("plan")
     return plan if plan is not None and plan.fits(optimizer, group) else None
 
 
-def step(optimizer: Optimizer, group: Group, found: Plan | list[Work]) -> list[Work]:
+def step(optimizer: Owner, group: Group, found: Plan | list[Work]) -> list[Work]:
     """One step on what the kernels can take; the others are returned."""
     cache, numbers = optimizer.cache(id(group)), numbers_of(optimizer, group)
     plan = found if isinstance(found, Plan) else _plan(optimizer, group, numbers, found)
@@ -113,11 +112,11 @@ def step(optimizer: Optimizer, group: Group, found: Plan | list[Work]) -> list[W
     return [] if found_inf is not None and plan.left and found_inf.item() else plan.left
 
 
-def _run(optimizer: Optimizer, group: Group, part: Part, launch: Launch, cache: dict[Any, Any]) -> None:
-    program, numbers = program_of(part, optimizer.counts), dict(part.numbers)
+def _run(optimizer: Owner, group: Group, part: Part, launch: Launch, cache: dict[Any, Any]) -> None:
+    made, numbers = program_of(part, optimizer.counts), dict(part.numbers)
     lr = numbers.get("lr")
     call = Call(
-        program.evaluate(**{name: numbers[name] for name in program.names}),
+        made.evaluate(**{name: numbers[name] for name in made.names}),
         lr if isinstance(lr, Tensor) else None,
         sign=-1.0 if group["maximize"] else 1.0,
         shrink=1.0 if group["shrink"] is None else group["shrink"],
@@ -127,7 +126,7 @@ def _run(optimizer: Optimizer, group: Group, part: Part, launch: Launch, cache: 
     )
     if "module" not in cache:
         cache["module"] = kernels.backend(group["fused"], launch.device)
-    cache["module"].step(program, launch, call, cache)
+    cache["module"].step(made, launch, call, cache)
     launch.gradients.clear()
 
 
@@ -146,7 +145,7 @@ class Plan:
     places: list[Any]
     shapes: list[torch.Size]
 
-    def fits(self, optimizer: Optimizer, group: Group) -> bool:
+    def fits(self, optimizer: Owner, group: Group) -> bool:
         """Whether nothing but gradients has moved; where they are now is in the launches then."""
         params, state = group["params"], optimizer.state
         if not self.reusable or self.made_for != _made_for(optimizer, group):
@@ -161,7 +160,9 @@ class Plan:
         gs = [p.grad for p in params]
         if type(None) in set(map(type, gs)) or set(map(_LAYOUT, gs)) != {torch.strided}:
             return False
-        if not list(map(_SHAPE, gs)) == list(map(_SHAPE, params)) == self.shapes or not all(map(_CONTIGUOUS, gs)):
+        if not list(map(_SHAPE, gs)) == list(map(_SHAPE, params)) == self.shapes or not all(
+            map(_CONTIGUOUS, gs)
+        ):
             return False
         for _, launch, members in self.jobs:
             mine = gs if len(members) == len(gs) else [gs[i] for i in members]
@@ -176,7 +177,7 @@ _SHAPE, _LAYOUT, _DTYPE = map(attrgetter, ("shape", "layout", "dtype"))
 _PLACE, _CONTIGUOUS = Tensor.data_ptr, Tensor.is_contiguous
 
 
-def _made_for(optimizer: Optimizer, group: Group) -> tuple[Any, ...]:
+def _made_for(optimizer: Owner, group: Group) -> tuple[Any, ...]:
     """What decides who goes where, beside the tensors."""
     options = ("lazy", "lazy_momentum", "fused", "seed", "stochastic_rounding", "accumulate")
     words = (group[name] for name in optimizer.bounds if isinstance(group[name], (str, Tensor)))
@@ -184,7 +185,7 @@ def _made_for(optimizer: Optimizer, group: Group) -> tuple[Any, ...]:
     return (*(group[name] for name in options), *words, *guard)
 
 
-def _tensors(optimizer: Optimizer, states: list[Group]) -> list[Any]:
+def _tensors(optimizer: Owner, states: list[Group]) -> list[Any]:
     """What the states hold, in the same order as long as they hold the same."""
     names = (*optimizer.buffers, "step") if "step" in states[0] else optimizer.buffers
     return [state.get(name) for name in names for state in states]
@@ -194,10 +195,15 @@ def _places(params: list[Tensor], tensors: list[Any]) -> list[Any]:
     """Where they lie, and whether in one piece."""
     if not all(issubclass(kind, Tensor) for kind in set(map(type, tensors))):
         return []  # a counter may be a plain number, until it is looked at
-    return [*map(_PLACE, params), *map(_CONTIGUOUS, params), *map(_PLACE, tensors), *map(_CONTIGUOUS, tensors)]
+    return [
+        *map(_PLACE, params),
+        *map(_CONTIGUOUS, params),
+        *map(_PLACE, tensors),
+        *map(_CONTIGUOUS, tensors),
+    ]
 
 
-def _plan(optimizer: Optimizer, group: Group, numbers: Group, works: list[Work]) -> Plan:
+def _plan(optimizer: Owner, group: Group, numbers: Group, works: list[Work]) -> Plan:
     params: list[Tensor] = list(group["params"])
     left: list[Work] = []
     parts: dict[Part, list[tuple[Item, Work]]] = {}
@@ -235,11 +241,14 @@ def _plan(optimizer: Optimizer, group: Group, numbers: Group, works: list[Work])
     return Plan(jobs, left, params, True, _made_for(optimizer, group), states, own, tensors, places, shapes)
 
 
-def _item(optimizer: Optimizer, group: Group, numbers: Group, work: Work) -> tuple[Part, Item] | None:
+def _item(optimizer: Owner, group: Group, numbers: Group, work: Work) -> tuple[Part, Item] | None:
     """What a kernel needs for a parameter: what it has in common with others, and its line of a table; None where
     the kernels cannot take it."""
     p, g, parameter = work.p, work.g, work.parameter
-    lazy, words = g.layout != torch.strided or bool(group["lazy"]), {x for x in numbers.values() if x in WORDS}
+    lazy, words = (
+        g.layout != torch.strided or bool(group["lazy"]),
+        {x for x in numbers.values() if x in WORDS},
+    )
     if lazy and (group["lazy_momentum"] != "freeze" or group["accumulate"] > 1 or "rms" in words):
         return None  # every row's momentum decays; rows of a cycle are remembered; rows would wait for the matrix
     by_rows, rows = lazy or ("row_rms" in words and p.dim() >= 2 and work.rule is not take), None
@@ -249,14 +258,20 @@ def _item(optimizer: Optimizer, group: Group, numbers: Group, work: Work) -> tup
             rows = torch.where(_moves(g), rows, -1)
     elif lazy:
         mask = recorded_rows(parameter) if group["lazy"] == "ids" else _moves(g)
-        rows = torch.where(mask, torch.arange(len(mask), device=mask.device), -1) if mask.is_cuda else mask.nonzero()[:, 0]
+        rows = (
+            torch.where(mask, torch.arange(len(mask), device=mask.device), -1)
+            if mask.is_cuda
+            else mask.nonzero()[:, 0]
+        )
     rounded = group["stochastic_rounding"] and p.dtype == torch.bfloat16
     if not _takes(p, g, work.buffers, by_rows) or (p is not parameter and rounded):
         return None  # a kernel's noise follows from the place in what it is given
     # What is the tensor's own goes into its line; the program has a word where that is a number.
     own = tuple(name for name in optimizer.own if name in work.numbers)
     shared = {name: numbers.get(name, x) for name, x in work.numbers.items() if name not in (*own, "step")}
-    known = [work.numbers[name] for name, x in shared.items() if x in WORDS and work.numbers[name] not in WORDS]
+    known = [
+        work.numbers[name] for name, x in shared.items() if x in WORDS and work.numbers[name] not in WORDS
+    ]
     return Part(work.rule, tuple(shared.items()), own), Item(
         p, g, work.buffers, work.state.get("step"),
         noise_of(group["seed"], optimizer.number(parameter)) if rounded else 0, by_rows, rows,

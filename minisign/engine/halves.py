@@ -64,7 +64,10 @@ def take_and_move(rule: Rule) -> Rule:
 
 def keep_and_weight(rule: Rule, numbers: Mapping[str, Any]) -> tuple[float, float]:
     """What is left of a momentum, and the weight of the gradient in it."""
-    g, m = torch.tensor([[0.0], [1.0]], dtype=torch.float64), torch.tensor([[1.0], [0.0]], dtype=torch.float64)
+    g, m = (
+        torch.tensor([[0.0], [1.0]], dtype=torch.float64),
+        torch.tensor([[1.0], [0.0]], dtype=torch.float64),
+    )
     with torch.no_grad():
         rule(*(Tensors([x]) for x in (torch.zeros_like(g), g, m)), **_on_host(numbers))
     keep, weight = m.flatten().tolist()
@@ -77,7 +80,12 @@ def is_last(group: Mapping[str, Any]) -> bool:
 
 
 def due(
-    rule: Rule, p: Tensor, g: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], numbers: Mapping[str, Any]
+    rule: Rule,
+    p: Tensor,
+    g: Tensor,
+    state: Mapping[str, Any],
+    group: Mapping[str, Any],
+    numbers: Mapping[str, Any],
 ) -> tuple[Rule, dict[str, Any], int | None]:
     """What of a rule is due at this micro-batch, its numbers, and what the state is to note as taken then."""
     keep, weight = keep_and_weight(rule, numbers)
@@ -91,7 +99,9 @@ def due(
 def why_not_linear(rule: Rule, buffers: int, numbers: Mapping[str, Any]) -> str:
     """What a rule does that no linear one does; "" if there is nothing."""
     if buffers != 1 or "step" in numbers:
-        return f"has {buffers} buffers and counts its steps" if "step" in numbers else f"has {buffers} buffers"
+        return (
+            f"has {buffers} buffers and counts its steps" if "step" in numbers else f"has {buffers} buffers"
+        )
     random = torch.Generator().manual_seed(0)
     sizes = torch.logspace(-6, 6, 13, dtype=torch.float64).unsqueeze(1)
     p, g, m = (torch.randn(13, 16, dtype=torch.float64, generator=random) for _ in range(3))
@@ -103,7 +113,11 @@ def why_not_linear(rule: Rule, buffers: int, numbers: Mapping[str, Any]) -> str:
         if not torch.allclose(taken, keep * m + weight * g, rtol=1e-9, atol=1e-12):
             return "has a momentum that is not linear in the gradient"
         move(rule)(alone, torch.full_like(g, torch.nan), taken, **host)
-    return "" if torch.equal(moved, alone) else "moves by more than the momentum: by the gradient, or an older momentum"
+    return (
+        ""
+        if torch.equal(moved, alone)
+        else "moves by more than the momentum: by the gradient, or an older momentum"
+    )
 
 
 def left(rule: Rule, buffers: int, numbers: Mapping[str, Any]) -> list[float]:

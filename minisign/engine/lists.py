@@ -46,7 +46,9 @@ class Tensors:
         if together is None or shaped or torch.is_grad_enabled():  # no such word for lists, or no gradient
             done = self._each(lambda x, *own: getattr(x, name)(*own, **factors), self, *arguments)
             return self if in_place else done
-        done = together(self.tensors, *(x.tensors if isinstance(x, Tensors) else x for x in arguments), **factors)
+        done = together(
+            self.tensors, *(x.tensors if isinstance(x, Tensors) else x for x in arguments), **factors
+        )
         return self if in_place else Tensors(done)
 
     def _with_factor(self, name: str, factor: Any, y: Any, *z: Any) -> Tensors:
@@ -54,7 +56,12 @@ class Tensors:
         word, in_place = name.strip("_"), "_" if name.endswith("_") else ""
         if z:
             y = y * z[0] if word == "addcmul" else y / z[0]
-        done = self._each(lambda x, *own: getattr(x, f"addcmul{in_place}")(*own), self, y, -factor if word == "sub" else factor)
+        done = self._each(
+            lambda x, *own: getattr(x, f"addcmul{in_place}")(*own),
+            self,
+            y,
+            -factor if word == "sub" else factor,
+        )
         return self if in_place else done
 
     @staticmethod
@@ -65,7 +72,9 @@ class Tensors:
         return Tensors([function(*own) for own in zip(*columns, strict=True)])
 
     @classmethod
-    def __torch_function__(cls, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Tensors:
+    def __torch_function__(
+        cls, function: Any, types: Any, arguments: Any = (), options: Any = None
+    ) -> Tensors:
         return cls._each(partial(function, **(options or {})), *arguments)
 
     def __bool__(self) -> bool:
@@ -77,7 +86,21 @@ def _signs() -> None:
     for name, word in {"add": "add", "sub": "sub", "mul": "mul", "truediv": "div", "pow": "pow"}.items():
         setattr(Tensors, f"__{name}__", lambda a, b, w=word: a._do(w, b))
         setattr(Tensors, f"__i{name}__", lambda a, b, w=word: a._do(f"{w}_", b))
-    for name in ("radd", "rsub", "rmul", "rtruediv", "rpow", "lt", "le", "gt", "ge", "eq", "ne", "and", "or"):
+    for name in (
+        "radd",
+        "rsub",
+        "rmul",
+        "rtruediv",
+        "rpow",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+        "eq",
+        "ne",
+        "and",
+        "or",
+    ):
         sign = f"__{name}__"
         setattr(Tensors, sign, lambda a, b, s=sign: a._each(lambda x, y: getattr(x, s)(y), a, b))
     for name in ("neg", "abs", "invert"):

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from operator import attrgetter
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
 
 from minisign.engine import fused, halves, released, roads
-from minisign.engine.contract import ExactOptimizer
-from minisign.engine.options import HOW, Group, Options, check_group, defaults
+from minisign.engine.contract import Owner
 from minisign.engine.lazy import step_rows
-from minisign.engine.words import Rule
+from minisign.engine.options import HOW, Group, Options, check_group, defaults
 from minisign.engine.work import Work, look, numbers_of
 
 Params: TypeAlias = Iterable[Any]
 
 
-class Optimizer(ExactOptimizer):
-    """A ``torch.optim.Optimizer`` of a rule; a subclass names the rule, its buffers and its numbers.
+class Optimizer(Owner):
+    """A ``torch.optim.Optimizer`` of a rule; a subclass says what :class:`Owner` asks for.
 
     Options of every parameter group, beside the rule's numbers:
 
@@ -51,29 +49,13 @@ class Optimizer(ExactOptimizer):
     - ``release_grads``: take each gradient into the momentum within ``backward``, and free it (released.py).
       The weights move as without, in :meth:`step`, which is called as often. Not with ``lazy`` rows or
       sparse gradients (their groups can say ``"release_grads": False``), ``capturable``, or a GradScaler.
-
-    Attributes of a subclass:
-        rule: one step in place, ``rule(p, g, *buffers, **numbers)``.
-        buffers: what the state calls them.
-        bounds: of each number, [low, below). ``betas`` are the rule's ``beta1``, ``beta2``, …
-        own: numbers that :meth:`own_numbers` may give; the rule asks nothing of them (``if``).
     """
-
-    rule: ClassVar[Rule]
-    buffers: ClassVar[tuple[str, ...]] = ("momentum",)
-    bounds: ClassVar[Mapping[str, tuple[float, float] | None]]
-    own: ClassVar[tuple[str, ...]] = ()
-    counts: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         cls.counts = "step" in inspect.signature(cls.rule).parameters
 
     def __init__(self, params: Params, numbers: Group, options: Options) -> None:
         super().__init__(params, defaults(numbers, options))
-
-    def own_numbers(self, p: Tensor, group: Group) -> Group:
-        """Those of the rule's numbers that are others for this parameter."""
-        return {}
 
     @classmethod
     def kernel(cls, device: str = "cpu", dtype: torch.dtype = torch.float32, **given: Any) -> str:
@@ -117,7 +99,9 @@ class Optimizer(ExactOptimizer):
         if foreach is None:
             foreach = not group["differentiable"] and all(map(attrgetter("is_cuda"), group["params"]))
         if group["capturable"] and group["shrink"] is not None:
-            foreach = False  # to learn on a list what is finite is to wait for the device, which a graph cannot
+            foreach = (
+                False  # to learn on a list what is finite is to wait for the device, which a graph cannot
+            )
         dense = []
         for work in works:
             if "step" in work.state:
@@ -187,19 +171,3 @@ class Optimizer(ExactOptimizer):
             for group in self.param_groups
         )  # fmt: skip
         return not all(in_kernels) and bool(self.found_inf.item())  # type: ignore[attr-defined]
-
-    # --- what the roads ask for -----------------------------------------------------------------
-
-    def number(self, p: Tensor) -> int:
-        """The place of ``p`` among the optimizer's parameters."""
-        cache = self.cache("numbers")
-        if id(p) not in cache:
-            cache.clear()
-            params = (q for group in self.param_groups for q in group["params"])
-            cache.update({id(q): i for i, q in enumerate(params)})
-        return int(cache[id(p)])
-
-    def cache(self, of: Any) -> dict[Any, Any]:
-        """What can be made again at any time, and so is part of no copy and no checkpoint."""
-        caches: dict[Any, dict[Any, Any]] = self.__dict__.setdefault("_caches", {})
-        return caches.setdefault(of, {})

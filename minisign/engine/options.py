@@ -78,7 +78,9 @@ def defaults(numbers: Mapping[str, Any], options: Mapping[str, Any]) -> Group:
     return {**numbers, **DEFAULTS, "center": 0.0, "micro_step": 0, **options}
 
 
-def check_group(owner: str, group: Group, numbers: Mapping[str, Any], why_not_linear: Callable[[], str]) -> None:
+def check_group(
+    owner: str, group: Group, numbers: Mapping[str, Any], why_not_linear: Callable[[], str]
+) -> None:
     """Refuses what a group of the optimizer called ``owner`` must not have.
 
     Args:
@@ -124,7 +126,12 @@ def _check(name: str, value: Any, low: float = -math.inf, below: float = math.in
         if value not in WORDS:
             raise ValueError(f"unknown {name} {value!r}: choose {', '.join(map(repr, WORDS))} or a number")
     else:
-        check_number({"eps": "epsilon value", "weight_decay": "weight_decay value"}.get(name, name), value, low, below)
+        check_number(
+            {"eps": "epsilon value", "weight_decay": "weight_decay value"}.get(name, name),
+            value,
+            low,
+            below,
+        )
 
 
 def _check_halves(owner: str, group: Group, why_not_linear: Callable[[], str]) -> None:
@@ -138,8 +145,14 @@ def _check_halves(owner: str, group: Group, why_not_linear: Callable[[], str]) -
         check_number("shrink", shrink, 0.0, math.nextafter(1.0, 2.0))
     check_number("center", group["center"])
     if k > 1 and group["capturable"]:
-        raise ValueError(f"capturable=True needs accumulate=1, got {k}: a CUDA graph would freeze the count")
-    asked = {name: group[name] for name in ("accumulate", "shrink", "release_grads") if group[name] != DEFAULTS[name]}  # type: ignore[literal-required]
+        raise ValueError(
+            f"capturable=True needs accumulate=1, got {k}: a CUDA graph would freeze the count"
+        )
+    asked = {
+        name: group[name]
+        for name in ("accumulate", "shrink", "release_grads")
+        if group[name] != DEFAULTS[name]
+    }  # type: ignore[literal-required]
     if asked and (why := why_not_linear()):
         name, value = next(iter(asked.items()))
         raise ValueError(f"{owner} takes no {name}={value!r}: its rule {why}")

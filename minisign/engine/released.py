@@ -8,20 +8,17 @@ processes of ``DistributedDataParallel``, a GradScaler) comes too late.
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from minisign.engine import roads, work
+from minisign.engine.contract import Owner
 from minisign.engine.halves import is_last, keep_and_weight, move, shrink, take
 from minisign.engine.work import Group, Work, new_state, numbers_of
 
-if TYPE_CHECKING:
-    from minisign.engine.optimizer import Optimizer
 
-
-def hook(optimizer: Optimizer, number: int) -> None:
+def hook(optimizer: Owner, number: int) -> None:
     """Has autograd hand over the gradients of a group as soon as they are there."""
     group, hooked = optimizer.param_groups[number], optimizer.cache("hooked")
     # Not the optimizer itself: a model that outlives it must keep its gradients.
@@ -38,7 +35,7 @@ def hook(optimizer: Optimizer, number: int) -> None:
             hooked[p] = p.register_post_accumulate_grad_hook(take_in)
 
 
-def look(optimizer: Optimizer, group: Group) -> list[Work]:
+def look(optimizer: Owner, group: Group) -> list[Work]:
     """The work that is left for a step: θ moves by m, or shrinks where a gradient was not finite."""
     for p in group["params"]:
         _take_in(optimizer, p, group)  # a gradient that did not come by way of backward
@@ -52,7 +49,9 @@ def look(optimizer: Optimizer, group: Group) -> list[Work]:
     return [
         x._replace(
             rule=shrink if is_bad[x.parameter] else move(x.rule),
-            numbers=dict(zip(("shrink", "center"), x.guard, strict=True)) if is_bad[x.parameter] and x.guard else x.numbers,
+            numbers=dict(zip(("shrink", "center"), x.guard, strict=True))
+            if is_bad[x.parameter] and x.guard
+            else x.numbers,
             guard=None,
             taken=0 if last else None,
         )
@@ -60,7 +59,7 @@ def look(optimizer: Optimizer, group: Group) -> list[Work]:
     ]
 
 
-def _take_in(optimizer: Optimizer, p: Tensor, group: Group) -> None:
+def _take_in(optimizer: Owner, p: Tensor, group: Group) -> None:
     """m takes the gradient of ``p``, which is freed."""
     g, p.grad = p.grad, None
     if g is None:

@@ -38,7 +38,9 @@ def one(work: Work, index: Tensor | None = None) -> None:
     if work.guard is not None and p.is_cpu and not all_finite(g, buffers[0]):
         p.copy_(work.guard.shrunk(p))
     else:
-        if work.guard is not None and not p.is_cpu:  # without waiting for the device to say whether g is finite
+        if (
+            work.guard is not None and not p.is_cpu
+        ):  # without waiting for the device to say whether g is finite
             before = [work.guard.shrunk(p), *(b.clone() for b in buffers)]
         for x in work.numbers.values():
             if isinstance(x, Tensor) or x == "row_rms" or (x == "rms" and not p.is_cpu):
@@ -63,7 +65,9 @@ def together(works: Sequence[Work]) -> None:
     for members in kinds.values():
         columns = list(zip(*([x.p, x.g, *x.buffers] for x in members), strict=True))
         wide = _wide([column[0] for column in columns])
-        values = [Tensors([x.to(wide) for x in column]) for column in columns]  # themselves, if they are wide
+        values = [
+            Tensors([x.to(wide) for x in column]) for column in columns
+        ]  # themselves, if they are wide
         members[0].rule(*values, **members[0].numbers)
         for i, work in enumerate(members):
             _write_back(work, [x.tensors[i] for j, x in enumerate(values) if j != 1], None)

@@ -134,4 +134,3 @@ def _record(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
     mask[args[0].detach().reshape(-1)] = True
     if module.padding_idx is not None:
         mask[module.padding_idx] = False
-

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from minisign.engine import halves
+from minisign.engine.contract import Owner
 from minisign.engine.rounding import Noise, noise_of
 from minisign.engine.rows import unite_rows
 from minisign.engine.shards import ask_all, is_sharded, local
 from minisign.engine.words import Rule
-
-if TYPE_CHECKING:
-    from minisign.engine.optimizer import Optimizer
 
 Group: TypeAlias = dict[str, Any]
 _GRADIENT = attrgetter("grad")
@@ -49,14 +47,16 @@ class Work(NamedTuple):
 
 
 def look(
-    optimizer: Optimizer, group: Group, given: Sequence[tuple[Tensor, Tensor]] | None = None
+    optimizer: Owner, group: Group, given: Sequence[tuple[Tensor, Tensor]] | None = None
 ) -> list[Work]:
     """The work on the parameters of a group that have a gradient; or on ``given`` ones, each with a gradient.
 
     Raises:
         ValueError: a state that is not its parameter's.
     """
-    sharded = not set(map(type, group["params"])) <= {Tensor, nn.Parameter} and any(map(is_sharded, group["params"]))
+    sharded = not set(map(type, group["params"])) <= {Tensor, nn.Parameter} and any(
+        map(is_sharded, group["params"])
+    )
     if sharded:
         ask_all(optimizer, group)
     if group["lazy"] == "ids":
@@ -74,7 +74,10 @@ def look(
         if g is None:
             continue
         state = optimizer.state[p] or new_state(optimizer, p, group)
-        names, tensors = ("gradient", *optimizer.buffers), [p, g, *(state[name] for name in optimizer.buffers)]
+        names, tensors = (
+            ("gradient", *optimizer.buffers),
+            [p, g, *(state[name] for name in optimizer.buffers)],
+        )
         for name, x in zip(names, tensors[1:], strict=True):
             if x.shape != p.shape:
                 raise _wrong(group, i, p, x, name)
@@ -92,11 +95,13 @@ def look(
             mine, noise = _counted(optimizer, p, state, group, mine)
         if group["accumulate"] > 1:
             rule, mine, taken = halves.due(rule, p, g, state, group, mine)
-        works.append(Work(rule, tensors[0], tensors[1], tensors[2:], mine, own, noise, guard, p, state, taken))
+        works.append(
+            Work(rule, tensors[0], tensors[1], tensors[2:], mine, own, noise, guard, p, state, taken)
+        )
     return works
 
 
-def numbers_of(optimizer: Optimizer, group: Group) -> Group:
+def numbers_of(optimizer: Owner, group: Group) -> Group:
     """The rule's numbers that all parameters of a group share."""
     found = {name: group[name] for name in optimizer.bounds if name != "betas"}
     found |= {f"beta{i}": beta for i, beta in enumerate(group.get("betas", ()), start=1)}
@@ -107,7 +112,7 @@ def numbers_of(optimizer: Optimizer, group: Group) -> Group:
     return found
 
 
-def new_state(optimizer: Optimizer, p: Tensor, group: Group) -> dict[str, Any]:
+def new_state(optimizer: Owner, p: Tensor, group: Group) -> dict[str, Any]:
     state: dict[str, Any] = optimizer.state[p]
     for name in optimizer.buffers:
         state[name] = torch.zeros_like(p, dtype=group["state_dtype"], memory_format=torch.preserve_format)
@@ -115,7 +120,7 @@ def new_state(optimizer: Optimizer, p: Tensor, group: Group) -> dict[str, Any]:
 
 
 def _counted(
-    optimizer: Optimizer, p: Tensor, state: dict[str, Any], group: Group, numbers: Group
+    optimizer: Owner, p: Tensor, state: dict[str, Any], group: Group, numbers: Group
 ) -> tuple[Group, Noise | None]:
     """The numbers with that of the step, if the rule has it; and the noise, which follows from it."""
     # On the device only where a CUDA graph or a kernel must see it: elsewhere reading would wait.
@@ -131,7 +136,7 @@ def _counted(
     return numbers, noise
 
 
-def _missing(optimizer: Optimizer, p: Tensor, group: Group) -> Tensor | None:
+def _missing(optimizer: Owner, p: Tensor, group: Group) -> Tensor | None:
     """Zero, if there was a gradient earlier in a cycle of micro-batches that ends now."""
     state = optimizer.state.get(p, {})
     if halves.is_last(group) and state.get("taken"):

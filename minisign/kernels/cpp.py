@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
+from minisign.kernels.program import Program
 from minisign.kernels.table import Form
-from minisign.kernels.trace import Program
 
 TYPES = {"float32": "float", "bfloat16": "c10::BFloat16", "float16": "c10::Half"}
 TEXT = """\
@@ -41,7 +41,9 @@ def write(program: Program, form: Form) -> str:
     """The whole file."""
     places = {program.p: "P", program.g: "G", **{b: f"B{j}" for j, b in enumerate(program.buffers)}}
     used = {v: x for v, x in places.items() if program.reads(v) or program.writes(v)}
-    sources = {"P": "T.p + start", "G": "T.g + g_start"} | {f"B{j}": f"T.b[{j}] + start" for j in range(len(places) - 2)}
+    sources = {"P": "T.p + start", "G": "T.g + g_start"} | {
+        f"B{j}": f"T.b[{j}] + start" for j in range(len(places) - 2)
+    }
     of_all = ["const float lr = S.lr;"] * ("lr" in program.trace.scalars)
     of_all += [f"const double {v.name} = T.own[{i}];" for i, v in enumerate(program.own)]
     of_all += [f"{'const ' * (x == 'G')}auto* __restrict {x} = {sources[x]};" for x in used.values()]
@@ -54,7 +56,9 @@ def write(program: Program, form: Form) -> str:
         (of_all if line.out.is_scalar else of_each).append(_said(code, comment))
     for v, x in used.items():
         if program.writes(v):
-            of_each.append(f"store<{'rounded' if x == 'P' else 'false'}>({x} + I, {v.name}, start + I, key);")
+            of_each.append(
+                f"store<{'rounded' if x == 'P' else 'false'}>({x} + I, {v.name}, start + I, key);"
+            )
     numbers = [
         _said(f"const {kind} {x}{i} = {'float' * (x == 'k')}(S.d[{i}]);", text)
         for text, i in program.trace.numbers.items()

@@ -17,14 +17,23 @@ import numpy as np
 import torch
 
 from minisign.kernels import cpp
+from minisign.kernels.kept import folder
+from minisign.kernels.program import Program
 from minisign.kernels.table import FMA_ON_CPU, Call, Form, Launch, Unavailable
-from minisign.kernels.trace import Program
 
 HEADER = Path(__file__).with_name("step.h")
 TORCH = Path(torch.__file__).parent / "include"  # bfloat16 and float16
 COMPILERS = ("c++", "g++", "clang++")
 # -ffp-contract=off: a multiply-add is fused where the source says so, and nowhere else.
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-shared",
+    "-fPIC",
+)
 INSTRUCTIONS = {
     "AVX2": ("-mavx2", "-mfma"),
     "AVX512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
@@ -86,9 +95,19 @@ def library(program: Program, form: Form) -> Any:
     threads = () if platform.system() == "Darwin" else ("-fopenmp",)  # Apple's compiler has no OpenMP
     contract = () if FMA_ON_CPU else ("-DNO_FMA",)
     capability = INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())
-    command = (compiler(), *FLAGS, *threads, *contract, *capability, f"-DSHARED_BYTES={ctypes.sizeof(Shared)}",
-               f"-I{HEADER.parent}", f"-I{TORCH}")
-    key = repr((text, HEADER.read_text(), command, torch.__version__, platform.machine(), platform.system()))
+    command = (
+        compiler(),
+        *FLAGS,
+        *threads,
+        *contract,
+        *capability,
+        f"-DSHARED_BYTES={ctypes.sizeof(Shared)}",
+        f"-I{HEADER.parent}",
+        f"-I{TORCH}",
+    )
+    key = repr(
+        (text, HEADER.read_text(), command, torch.__version__, platform.machine(), platform.system())
+    )
     target = folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
     if not _is_whole(target):
         _compile(text, command, target)
@@ -96,23 +115,6 @@ def library(program: Program, form: Form) -> Any:
     loaded.minisign_step.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     loaded.minisign_step.restype = None
     return loaded
-
-
-def folder() -> Path:
-    """Where made kernels are kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    found = Path(base) / "minisign"
-    try:
-        found.mkdir(parents=True, exist_ok=True)
-        usable = os.access(found, os.W_OK)
-    except OSError:
-        usable = False
-    return found if usable else _temporary()
-
-
-@functools.cache
-def _temporary() -> Path:
-    return Path(tempfile.mkdtemp(prefix="minisign-"))
 
 
 def _is_whole(path: Path) -> bool:
@@ -129,7 +131,9 @@ def _compile(text: str, command: tuple[str, ...], target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as own:
         source, made = Path(own) / "step.cpp", Path(own) / target.name
         source.write_text(text)
-        result = subprocess.run([*command, str(source), "-o", str(made)], capture_output=True, text=True, check=False)
+        result = subprocess.run(
+            [*command, str(source), "-o", str(made)], capture_output=True, text=True, check=False
+        )
         if result.returncode:
             raise Unavailable(
                 f"fused=True: {command[0]} could not compile a step; leave fused out, or set CXX to another "

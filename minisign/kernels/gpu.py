@@ -17,11 +17,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from minisign.lab.files import write_whole
 from minisign.kernels import triton, words
-from minisign.kernels.cpu import folder
+from minisign.kernels.kept import folder, keep
+from minisign.kernels.program import Program
 from minisign.kernels.table import Call, Form, Launch
-from minisign.kernels.trace import Program
 
 TABLES_KEPT = 16
 
@@ -43,7 +42,7 @@ def module(program: Program, form: Form) -> ModuleType:
     name = f"made_{hashlib.sha256(text.encode()).hexdigest()[:20]}"
     path = folder() / f"{name}.py"
     if not path.exists() or path.read_text() != text:
-        write_whole(path, lambda part: part.write_text(text))
+        keep(path, text)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -65,7 +64,11 @@ def step(program: Program, launch: Launch, call: Call, cache: dict[Any, Any]) ->
     for aligned in (True, False):
         chosen = [i for i in range(launch.count) if (i not in odd) == aligned]
         if chosen:
-            part = array("q", [x for i in chosen for x in lines[i * width : (i + 1) * width]]) if odd else lines
+            part = (
+                array("q", [x for i in chosen for x in lines[i * width : (i + 1) * width]])
+                if odd
+                else lines
+            )
             _launch(program, launch, part, aligned, call, cache)
 
 
@@ -98,7 +101,14 @@ def constants(program: Program, form: Form, columns: int, aligned: bool) -> dict
     """What the kernel is compiled for."""
     p, g = (getattr(tl, name) for name in form.types[:2])
     shape = words.Shape(
-        len(program.buffers), columns, program.size, form.guard, form.by_rows, form.compact, aligned, words.BLOCK
+        len(program.buffers),
+        columns,
+        program.size,
+        form.guard,
+        form.by_rows,
+        form.compact,
+        aligned,
+        words.BLOCK,
     )
     # Triton's own default of fusing multiply-adds changes between versions.
     options = {} if words.INTERPRETED else {"num_warps": words.WARPS, "enable_fp_fusion": False}

@@ -68,7 +68,13 @@ class Item(NamedTuple):
         return [
             *(0 if x is None else x.data_ptr() for x in (self.p, self.g, *self.buffers, self.step)),
             *(self.p.numel(), self.noise, self.width),
-            *((0, 0) if not self.by_rows else (len(self.p), 0) if self.rows is None else (len(self.rows), self.rows.data_ptr())),
+            *(
+                (0, 0)
+                if not self.by_rows
+                else (len(self.p), 0)
+                if self.rows is None
+                else (len(self.rows), self.rows.data_ptr())
+            ),
             *(struct.unpack("q", struct.pack("d", x))[0] for x in (self.known, *(self.own or (0.0,)))),
         ]
 
@@ -84,7 +90,9 @@ class Launch:
         self.count, self.width = len(lines), len(lines[0])
         self.table = array("q", [x for line in lines for x in line])
         self.held = [(item.p, item.buffers, item.rows) for item in items]
-        self.gradients = [item.g for item in items]  # until the step is made; then their memory is another's
+        self.gradients = [
+            item.g for item in items
+        ]  # until the step is made; then their memory is another's
 
     def set_gradients(self, addresses: Sequence[int]) -> None:
         """The same tensors with other gradients."""

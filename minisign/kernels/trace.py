@@ -16,18 +16,16 @@ import linecache
 import operator
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+from collections.abc import Callable, Mapping
 from itertools import count
 from types import FrameType
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import fx
 
-from minisign.kernels.vocabulary import BOOLS, MASKS, POWERS, RESERVED, SAME, SIGNS, TEXTS
+from minisign.kernels.vocabulary import BOOLS, POWERS, RESERVED, SAME, SIGNS, TEXTS
 
 FLOAT, DOUBLE, BOOL = "float", "double", "bool"
-SIZES = {"rms": "tensor", "row_rms": "row"}  # whose RMS the words ask for
 
 
 class Untraceable(Exception):
@@ -106,7 +104,9 @@ class Value(fx.Proxy):
 
 for _sign in ("add", "sub", "mul", "truediv"):  # p += … is p.add_(…); fx has no word for it
     _word = f"{SAME.get(_sign, _sign)}_"
-    setattr(Value, f"__i{_sign}__", lambda a, b, w=_word: a.tracer.create_proxy("call_method", w, (a, b), {}))
+    setattr(
+        Value, f"__i{_sign}__", lambda a, b, w=_word: a.tracer.create_proxy("call_method", w, (a, b), {})
+    )
 
 
 class Tracer(fx.proxy.TracerBase):
@@ -149,7 +149,9 @@ class Tracer(fx.proxy.TracerBase):
         if isinstance(proxy.node, Number):
             self.conditions[proxy.node.text] = bool(proxy.node.value)
             return bool(proxy.node.value)
-        raise TypeError(f"{here()} depends on a tensor's values; a rule may choose by torch.where, not by `if`")
+        raise TypeError(
+            f"{here()} depends on a tensor's values; a rule may choose by torch.where, not by `if`"
+        )
 
     # --- what becomes of it -----------------------------------------------------------------------
 
@@ -162,9 +164,13 @@ class Tracer(fx.proxy.TracerBase):
 
     def _expression(self, word: str, a: Number, b: Number | None = None) -> Number:
         if b is None and word in ("neg", "abs"):
-            return Number(getattr(operator, word)(a.value), f"(-{a.text})" if word == "neg" else f"abs({a.text})")
+            return Number(
+                getattr(operator, word)(a.value), f"(-{a.text})" if word == "neg" else f"abs({a.text})"
+            )
         if b is None or word not in SIGNS:
-            raise Untraceable(f"{here()} does {word} to a number; the kernels know {' '.join(SIGNS.values())}")
+            raise Untraceable(
+                f"{here()} does {word} to a number; the kernels know {' '.join(SIGNS.values())}"
+            )
         text = f"({a.text} {SIGNS[word]} {b.text})"
         function = operator.truediv if word == "div" else getattr(operator, word)
         return Number(function(a.value, b.value), text)
@@ -189,7 +195,9 @@ class Tracer(fx.proxy.TracerBase):
             kinds = {x.kind for x in variables}
             kind = BOOL if word in BOOLS else DOUBLE if kinds == {DOUBLE} else FLOAT
             out = Variable(kind=kind, is_scalar=all(x.is_scalar for x in variables))
-        options = {key: x for key, x in options.items() if getattr(x, "text", "") != "1.0"}  # that is the default
+        options = {
+            key: x for key, x in options.items() if getattr(x, "text", "") != "1.0"
+        }  # that is the default
         for x in (*nodes, *options.values()):
             if isinstance(x, Number):
                 self.numbers.setdefault(x.text, len(self.numbers))
@@ -202,82 +210,15 @@ class Tracer(fx.proxy.TracerBase):
         return Value(self.scalars.setdefault(over, Variable("size", is_scalar=True)), self)  # type: ignore[arg-type]
 
 
-class Program:
-    """A rule as lines, which the two writers spell out.
-
-    Attributes:
-        origin: where the rule stands.
-        names: of its numbers.
-        trace: what it does.
-    """
-
-    def __init__(self, origin: str, names: tuple[str, ...], trace: Tracer) -> None:
-        self.origin, self.names, self.trace = origin, names, trace
-        self.p, self.g, *self.buffers = trace.inputs
-
-    @cached_property
-    def evaluate(self) -> Callable[..., tuple[float, ...]]:
-        """From the rule's numbers to those that lines take."""
-        return self._function(self.trace.numbers)
-
-    @cached_property
-    def answers(self) -> Callable[..., tuple[bool, ...]]:
-        """From the rule's numbers to what it asks of them; it is this program's if all are as they were."""
-        return self._function(self.trace.conditions)
-
-    def _function(self, expressions: Any) -> Callable[..., Any]:
-        made: Callable[..., Any] = eval(f"lambda {', '.join(self.names)}: ({''.join(f'{x}, ' for x in expressions)})")
-        return made
-
-    @property
-    def size(self) -> str:
-        """Whose RMS is asked for: "tensor", "row" or ""."""
-        return "".join(SIZES[name] for name in self.trace.scalars if name in SIZES)
-
-    @property
-    def own(self) -> list[Variable]:
-        """The rule's numbers that are one tensor's own."""
-        return [v for name, v in self.trace.scalars.items() if name not in ("step", "lr", *SIZES)]
-
-    def reads(self, variable: Variable) -> bool:
-        return any(variable is x for line in self.trace.lines for x in line.variables)
-
-    def writes(self, variable: Variable) -> bool:
-        return any(variable is line.out for line in self.trace.lines)
-
-    def lines(self) -> Iterator[tuple[Line, str, str]]:
-        """Each with its right side, and where it comes from if the one before comes from elsewhere."""
-        before: dict[bool, Place] = {}
-        for line in self.trace.lines:
-            place, scalar = line.place, line.out.is_scalar
-            yield line, self._text(line), "" if place == before.get(scalar) else f"{place.line}: {place.code}"
-            before[scalar] = place
-
-    def _text(self, line: Line) -> str:
-        """The i-th number is k{i} in float32 and d{i} in float64."""
-        wide = all(x.kind == DOUBLE for x in line.variables)
-
-        def spelled(x: Node, as_bool: bool) -> str:
-            if isinstance(x, Number):
-                return f"{'d' if wide else 'k'}{self.trace.numbers[x.text]}"
-            if x.kind == BOOL and not as_bool:
-                return f"float_of({x.name})"
-            return f"float_of({x.name})" if x.kind == DOUBLE and not wide else x.name
-
-        masks = MASKS.get(line.word, 0)
-        given = [spelled(x, i < masks) for i, x in enumerate(line.arguments)]
-        return TEXTS[line.word](*given, **{key: spelled(x, False) for key, x in line.options.items()})
-
-
 def trace(
     rule: Callable[..., None],
     numbers: Mapping[str, Any],
     scalars: Mapping[str, str] = {},
-) -> Program:
+) -> Tracer:
     """What ``rule(p, g, *buffers, **numbers)`` does.
 
     Args:
-        numbers: by name. What is no number (a word, None) becomes part of the program.
+        numbers: by name. What is no number (a word, None) becomes part of what is remembered.
         scalars: names of those that only the kernel knows, and their kinds.
 
     Raises:
@@ -295,7 +236,7 @@ def trace(
     known = {name: Value(x, made) for name, x in made.scalars.items()}  # type: ignore[arg-type]
     rule(*(Value(x, made) for x in made.inputs), **given, **known)  # type: ignore[arg-type]
     _name(made, rule)
-    return Program(f"{rule.__name__}, {inspect.getsourcefile(rule)}", tuple(x for x in numbers if isinstance(numbers[x], float)), made)
+    return made
 
 
 def _name(made: Tracer, rule: Callable[..., None]) -> None:
@@ -311,7 +252,9 @@ def _name(made: Tracer, rule: Callable[..., None]) -> None:
     wishes = {x: x.name for x in made.inputs}
     for line in made.lines:  # of several in a line of the rule, the last has its name
         if line.is_new:
-            wishes[line.out] = targets.get(line.place.line, "t") if kept.get(line.place) is line.out else "t"
+            wishes[line.out] = (
+                targets.get(line.place.line, "t") if kept.get(line.place) is line.out else "t"
+            )
     taken = {*RESERVED, *(x.name for x in made.scalars.values())}
     for variable, wish in wishes.items():
         variable.name = next(x for i in count(1) if (x := wish if i == 1 else f"{wish}{i}") not in taken)

@@ -190,7 +190,9 @@ def look(
     line, i, g_i, mask, squares, bad, P: tl.constexpr, G: tl.constexpr, SHAPE: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
     if SHAPE.guard:
-        exponent = load(pointer(line, 1, G, SHAPE), g_i, mask, MASKED).to(tl.int32, bitcast=True) & 0x7F800000
+        exponent = (
+            load(pointer(line, 1, G, SHAPE), g_i, mask, MASKED).to(tl.int32, bitcast=True) & 0x7F800000
+        )
         tl.atomic_max(bad, tl.max((exponent == 0x7F800000).to(tl.int32), axis=0))
     if SHAPE.size == "tensor":
         tl.atomic_add(squares, squares_of(load(pointer(line, 0, P, SHAPE), i, mask, MASKED)))
@@ -253,7 +255,11 @@ def step(
             for first in range(0, n, SHAPE.block):
                 k = first + tl.arange(0, SHAPE.block)
                 found += squares_of(load(pointer(line, 0, P, SHAPE), start + k, k < n, True))
-        rms, finite, number = size_of(found, count, line, SHAPE), tl.load(bad + owner) == 0, number_of_step(line, SHAPE)
+        rms, finite, number = (
+            size_of(found, count, line, SHAPE),
+            tl.load(bad + owner) == 0,
+            number_of_step(line, SHAPE),
+        )
         key = mix(tl.load(line + SHAPE.buffers + 4).to(tl.uint32) + number.to(tl.uint32))
         unscale = tl.div_rn(numbers.sign, tl.load(grad_scale))
         for first in range(0, n, SHAPE.block):
@@ -263,6 +269,34 @@ def step(
             elif LOOK:
                 look(line, start + k, g_start + k, k < n, squares + owner, bad + owner, P, G, SHAPE, True)
             elif n - first >= SHAPE.block:
-                MOVE(line, start + k, g_start + k, k < n, unscale, finite, key, number, rms, lr, numbers, SHAPE, False)
+                MOVE(
+                    line,
+                    start + k,
+                    g_start + k,
+                    k < n,
+                    unscale,
+                    finite,
+                    key,
+                    number,
+                    rms,
+                    lr,
+                    numbers,
+                    SHAPE,
+                    False,
+                )
             else:
-                MOVE(line, start + k, g_start + k, k < n, unscale, finite, key, number, rms, lr, numbers, SHAPE, True)
+                MOVE(
+                    line,
+                    start + k,
+                    g_start + k,
+                    k < n,
+                    unscale,
+                    finite,
+                    key,
+                    number,
+                    rms,
+                    lr,
+                    numbers,
+                    SHAPE,
+                    True,
+                )

@@ -11,4 +11,15 @@ from minisign.optim.sgd import SGD
 from minisign.optim.signum import Signum
 from minisign.optim.tiger import Tiger
 
-__all__ = ["AdamW", "Hybrid", "Lion", "SGD", "Signum", "Tiger", "optimizer", "param_groups", "rms", "track_rows"]
+__all__ = [
+    "SGD",
+    "AdamW",
+    "Hybrid",
+    "Lion",
+    "Signum",
+    "Tiger",
+    "optimizer",
+    "param_groups",
+    "rms",
+    "track_rows",
+]

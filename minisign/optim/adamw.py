@@ -68,7 +68,12 @@ class AdamW(Optimizer):
 
     rule = staticmethod(adamw)
     buffers = ("exp_avg", "exp_avg_sq")
-    bounds = {"lr": (0.0, math.inf), "betas": (0.0, 1.0), "eps": (0.0, math.inf), "weight_decay": (0.0, math.inf)}
+    bounds = {
+        "lr": (0.0, math.inf),
+        "betas": (0.0, 1.0),
+        "eps": (0.0, math.inf),
+        "weight_decay": (0.0, math.inf),
+    }
 
     def __init__(
         self,

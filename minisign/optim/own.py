@@ -60,7 +60,11 @@ def optimizer(
         own = {key: given.pop(key, default) for key, default in numbers.items()}
         Optimizer.__init__(self, params, own, given)  # type: ignore[arg-type]
 
-    known = {"lr": (0.0, math.inf), **{x: (0.0, 1.0) for x in numbers if x.startswith("beta")}, **(bounds or {})}
+    known = {
+        "lr": (0.0, math.inf),
+        **{x: (0.0, 1.0) for x in numbers if x.startswith("beta")},
+        **(bounds or {}),
+    }
     called = name or "".join(part.capitalize() for part in rule.__name__.split("_"))
     return type(
         called,

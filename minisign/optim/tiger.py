@@ -93,7 +93,12 @@ class Tiger(Optimizer):
     """
 
     rule = staticmethod(tiger)
-    bounds = {"lr": (0.0, math.inf), "beta": (0.0, 1.0), "weight_decay": (0.0, math.inf), "scale": (0.0, math.inf)}
+    bounds = {
+        "lr": (0.0, math.inf),
+        "beta": (0.0, 1.0),
+        "weight_decay": (0.0, math.inf),
+        "scale": (0.0, math.inf),
+    }
     own = ("weight_decay",)
 
     def __init__(
