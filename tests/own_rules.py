@@ -186,5 +186,6 @@ OWN: dict[Any, Oracle] = {
     CautiousMask: cautious_mask_oracle,
     RelativeBall: relative_ball_oracle,
 }
-# Bit for bit the plain step, on a CPU too: no root, quotient or tanh, of which torch's vector library has others.
+# Bit for bit the plain step, on a CPU too: no root, quotient or tanh, of which torch's vector library has
+# others.
 SMOOTH = {RmsProp, Adan, SoftLion, RelativeBall}

@@ -669,7 +669,8 @@ for name, kinds, which, aligned, look in json.loads(sys.argv[1]):
     options = {x: made.pop(x) for x in ("num_warps", "enable_fp_fusion")}
     made = {**made, "LOOK": look}
     n = ("fp32",) * len(program.trace.numbers)
-    signature = dict(table="*i64", owners="*i32", firsts="*i64", squares="*fp64", bad="*i32", found_inf="*fp32",
+    signature = dict(table="*i64", owners="*i32", firsts="*i64", squares="*fp64", bad="*i32",
+    found_inf="*fp32",
                      grad_scale="*fp32", lr="*fp32", numbers=words.Numbers(n, n, *["fp32"] * 3),
                      **dict.fromkeys(made, "constexpr"))
     source = ASTSource(words.step, signature, made)

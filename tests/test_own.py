@@ -148,7 +148,7 @@ def test_rows(cls: Any, road: str, lazy: str) -> None:
 
 @CLASSES
 def test_resumed_and_copied(cls: Any) -> None:
-    made, unbroken = train(cls, 8, fused=True)
+    _, unbroken = train(cls, 8, fused=True)
     half, values = train(cls, 4)
     file = io.BytesIO()
     torch.save(half.state_dict(), file)
@@ -176,7 +176,7 @@ def test_it_is_an_optimizer_class() -> None:
     assert made.param_groups[0]["lr"] == 0.5
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))
     groups = HeavyBall(param_groups(model, embedding={"lazy": "grad", "lr": 0.1}), fused=True).param_groups
-    assert [(g["kind"], g["lazy"], g["lr"]) for g in groups][0] == ("embedding", "grad", 0.1)
+    assert (groups[0]["kind"], groups[0]["lazy"], groups[0]["lr"]) == ("embedding", "grad", 0.1)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_the_gradient_is_left_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (dict(buffers=(), lr=1.0, beta=0.9), r"has 1 buffers after p and g, and buffers=\(\) names 0"),
+        (dict(buffers=(), lr=1.0, beta=0.9), r"has 1 buffers after p, g, and buffers=\(\) names 0"),
         (dict(buffers=MOMENTUM, lr=1.0), r"takes beta, which has no default"),
         (dict(buffers=MOMENTUM, lr=1.0, beta=0.9, eps=1.0), "has no argument eps"),
     ],

@@ -1,1 +1,2 @@
-"""How a rule of ``minisign.optim`` is carried out: groups and state, lists, rows, pieces, narrow types, halves."""
+"""How a rule of ``minisign.optim`` is carried out: groups and state, lists, rows, pieces, narrow types,
+halves."""

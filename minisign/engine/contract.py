@@ -14,8 +14,8 @@ Group: TypeAlias = dict[str, Any]
 
 
 class ExactOptimizer(torch.optim.Optimizer):
-    """``torch.optim.Optimizer``, but an error about a parameter in two groups says which, and a state tensor
-    keeps its dtype when it is loaded, where torch casts it to the parameter's."""
+    """``torch.optim.Optimizer``, but an error about a parameter in two groups says which, and a state
+    tensor keeps its dtype when it is loaded, where torch casts it to the parameter's."""
 
     def add_param_group(self, param_group: Group) -> None:
         if isinstance(param_group, dict) and not isinstance(param_group["params"], (Tensor, set)):
@@ -58,7 +58,8 @@ class Owner(ExactOptimizer):
     Attributes:
         rule: one step in place, ``rule(p, g, *buffers, **numbers)``.
         buffers: what the state calls them.
-        bounds: of each number, [low, below); None: it has none. ``betas`` are the rule's ``beta1``, ``beta2``, …
+        bounds: of each number, [low, below); None: it has none. ``betas`` are the rule's ``beta1``,
+            ``beta2``, …
         own: numbers that :meth:`own_numbers` may give; the rule asks nothing of them (``if``).
         counts: the rule has the number of its step.
     """

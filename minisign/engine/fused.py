@@ -35,8 +35,8 @@ _PROGRAMS: dict[Any, list[Program]] = {}
 
 
 class Part(NamedTuple):
-    """What tensors that go together have in common: a rule, its numbers, and the names of those that are each
-    tensor's own."""
+    """What tensors that go together have in common: a rule, its numbers, and the names of those that are
+    each tensor's own."""
 
     rule: Rule
     numbers: tuple[tuple[str, Any], ...]
@@ -44,7 +44,8 @@ class Part(NamedTuple):
 
 
 def check(optimizer: Owner, group: Group) -> None:
-    """Raises RuntimeError where a back end is not to be had, or the kernels do not know what the rule does."""
+    """Raises RuntimeError where a back end is not to be had, or the kernels do not know what the rule
+    does."""
     for device in {p.device for p in group["params"]}:
         kernels.backend(group["fused"], device)
     part = Part(optimizer.rule, tuple(numbers_of(optimizer, group).items()), optimizer.own)
@@ -79,9 +80,12 @@ def text(optimizer: Owner, device: str) -> str:
     (group,), ((p,),) = optimizer.param_groups, (group["params"] for group in optimizer.param_groups)
     (work,) = look(optimizer, group, [(p, p.clone())])
     found = _item(optimizer, group, numbers_of(optimizer, group), work)
-    if found is None or device not in ("cpu", "cuda"):
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"kernels are for 'cpu' and 'cuda', got {device!r}")
+    if found is None:
         raise ValueError(
-            f"there are kernels for 'cpu' and 'cuda', of float32, bfloat16 and float16; got {device!r}, {p.dtype}"
+            f"{type(optimizer).__name__} takes the plain road here: float64, and lazy rows that wait for the "
+            "RMS of the whole matrix or whose absent rows decay, are not the kernels' matter"
         )
     part, item = found
     form = item.form(group["shrink"] is not None, group["stochastic_rounding"])
@@ -211,7 +215,7 @@ def _plan(optimizer: Owner, group: Group, numbers: Group, works: list[Work]) -> 
     for p in params:
         if p.is_cuda and p.grad is None and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                f"a CUDA graph must see every gradient, and the parameter of shape {tuple(p.shape)} has none"
+                f"a CUDA graph must see all gradients, and the parameter of shape {tuple(p.shape)} has none"
             )
     for work in works:
         found = _item(optimizer, group, numbers, work)
@@ -242,15 +246,16 @@ def _plan(optimizer: Owner, group: Group, numbers: Group, works: list[Work]) -> 
 
 
 def _item(optimizer: Owner, group: Group, numbers: Group, work: Work) -> tuple[Part, Item] | None:
-    """What a kernel needs for a parameter: what it has in common with others, and its line of a table; None where
-    the kernels cannot take it."""
+    """What a kernel needs for a parameter: what it has in common with others, and its line of a table; None
+    where the kernels cannot take it."""
     p, g, parameter = work.p, work.g, work.parameter
     lazy, words = (
         g.layout != torch.strided or bool(group["lazy"]),
         {x for x in numbers.values() if x in WORDS},
     )
     if lazy and (group["lazy_momentum"] != "freeze" or group["accumulate"] > 1 or "rms" in words):
-        return None  # every row's momentum decays; rows of a cycle are remembered; rows would wait for the matrix
+        # Every row's momentum decays; rows of a cycle are remembered; rows would wait for the matrix.
+        return None
     by_rows, rows = lazy or ("row_rms" in words and p.dim() >= 2 and work.rule is not take), None
     if g.layout != torch.strided:
         rows, g = sparse_rows(p, g)

@@ -3,14 +3,14 @@
     m ← keep m + weight g            first half: take
     θ moves by m                     second half: move
 
-Of such a rule the halves can be done apart. So accumulation over k micro-batches needs no buffer: at the first
-m keeps ``keep`` of itself, at the others all of it, each adds weight/k · g, and θ moves after the k-th. A
-gradient can be taken, and freed, within ``backward``; and where one is not finite, it can be left out: m stays,
-and θ shrinks, θ ← (θ − c) s + c (Jianlin Su, kexue.fm/archives/9512).
+Of such a rule the halves can be done apart. So accumulation over k micro-batches needs no buffer: at the
+first m keeps ``keep`` of itself, at the others all of it, each adds weight/k · g, and θ moves after the
+k-th. A gradient can be taken, and freed, within ``backward``; and where one is not finite, it can be left
+out: m stays, and θ shrinks, θ ← (θ − c) s + c (Jianlin Su, kexue.fm/archives/9512).
 
-The halves are found by trying: what a rule does to m = 1 and g = 0 is ``keep``, what it does to m = 0 and g = 1
-is ``weight``, and the second half is the rule on a momentum that nothing changes in place. Each half is a rule
-again, and goes every road.
+The halves are found by trying: what a rule does to m = 1 and g = 0 is ``keep``, what it does to m = 0 and g
+= 1 is ``weight``, and the second half is the rule on a momentum that nothing changes in place. Each half is
+a rule again, and goes every road.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def due(
     group: Mapping[str, Any],
     numbers: Mapping[str, Any],
 ) -> tuple[Rule, dict[str, Any], int | None]:
-    """What of a rule is due at this micro-batch, its numbers, and what the state is to note as taken then."""
+    """What of a rule is due at this micro-batch, its numbers, and what the state is to note as taken
+    then."""
     keep, weight = keep_and_weight(rule, numbers)
     last, taken, before = is_last(group), None, state.get("taken", 0)
     if not (group["lazy"] or g.is_sparse):  # rows remember by themselves
@@ -121,7 +122,8 @@ def why_not_linear(rule: Rule, buffers: int, numbers: Mapping[str, Any]) -> str:
 
 
 def left(rule: Rule, buffers: int, numbers: Mapping[str, Any]) -> list[float]:
-    """What a step without a gradient leaves of each buffer of a rule, linear or not: of each alone, at 1."""
+    """What a step without a gradient leaves of each buffer of a rule, linear or not: of each alone, at
+    1."""
     host = _on_host(numbers) | ({"step": 1.0} if "step" in numbers else {})
     eye = torch.eye(buffers, dtype=torch.float64).unsqueeze(-1)  # [buffers, the one at 1, 1]
     values = [Tensors([x.clone()]) for x in (torch.zeros_like(eye[0]), torch.zeros_like(eye[0]), *eye)]

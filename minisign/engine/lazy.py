@@ -1,7 +1,7 @@
 """A lazy step: rows that take part move as the rule says, the others keep their bits.
 
-Which take part: those of a sparse gradient, those whose gradient is not all zero, or those that were looked up
-(rows.py).
+Which take part: those of a sparse gradient, those whose gradient is not all zero, or those that were looked
+up (rows.py).
 """
 
 from __future__ import annotations

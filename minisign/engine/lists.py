@@ -1,4 +1,5 @@
-"""A list of tensors that acts as one: torch's multi-tensor operations under the names of a tensor's methods."""
+"""A list of tensors that acts as one: torch's multi-tensor operations under the names of a tensor's
+methods."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ from minisign.engine.words import rms
 class Tensors:
     """Tensors of one dtype and device; what is done to it is done to each.
 
-    Beside what a tensor's methods take, a factor (``alpha``, ``value``) may be a tensor, as the rate is in a
-    CUDA graph, or one for each.
+    Beside what a tensor's methods take, a factor (``alpha``, ``value``) may be a tensor, as the rate is in
+    a CUDA graph, or one for each.
     """
 
     def __init__(self, tensors: Sequence[Tensor], is_fixed: bool = False) -> None:

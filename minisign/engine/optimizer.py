@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 from typing import Any, TypeAlias
 
@@ -31,7 +31,8 @@ class Optimizer(Owner):
       a lazy optimizer (kexue.fm/archives/6869).
     - ``maximize``, ``foreach``, ``capturable``, ``differentiable``: as in ``torch.optim``. ``foreach``
       defaults to on where all parameters of a group are on a GPU; the result is the same.
-    - ``fused``: all tensors of the group in one pass, by kernels made from the rule: Triton on a GPU, C++ on
+    - ``fused``: all tensors of the group in one pass, by kernels made from the rule: Triton on a GPU, C++
+    on
       a CPU, compiled at first use; RuntimeError where Triton or a compiler is missing. float32, bfloat16
       and float16 in any mix, dense tensors of one memory order; others, and what the kernels cannot do,
       take the plain road. ``"cpu"`` or ``"triton"`` names the back end. A checkpoint of one goes on in any
@@ -46,7 +47,8 @@ class Optimizer(Owner):
       step on their mean, without a buffer. :meth:`step` is called after every micro-batch.
     - ``shrink``: s in [0, 1], the factor of the weights where the gradient is not finite. ``None``: the
       gradient is taken as it is, and not read once more to find out.
-    - ``release_grads``: take each gradient into the momentum within ``backward``, and free it (released.py).
+    - ``release_grads``: take each gradient into the momentum within ``backward``, and free it
+    (released.py).
       The weights move as without, in :meth:`step`, which is called as often. Not with ``lazy`` rows or
       sparse gradients (their groups can say ``"release_grads": False``), ``capturable``, or a GradScaler.
     """
@@ -64,7 +66,7 @@ class Optimizer(Owner):
         Args:
             dtype: of the parameter. given: arguments of the class.
         """
-        optimizer = cls([torch.zeros(2, 2, dtype=dtype)], **given)  # type: ignore[call-arg, arg-type]
+        optimizer = cls([torch.zeros(2, 2, dtype=dtype)], **given)
         return fused.text(optimizer, device)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -80,19 +82,17 @@ class Optimizer(Owner):
             return loss
         with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
             # All are looked at before anything moves.
-            looked = [
+            looked: list[Any] = [
                 (group["fused"] and fused.kept(self, group))
                 or (released.look(self, group) if group["release_grads"] else look(self, group))
                 for group in self.param_groups
             ]
             for group, works in zip(self.param_groups, looked, strict=True):
-                if group["fused"]:
-                    works = fused.step(self, group, works)
-                self._move(group, works)
+                self._move(group, fused.step(self, group, works) if group["fused"] else works)
                 group["micro_step"] = (group["micro_step"] + 1) % group["accumulate"]
         return loss
 
-    def _move(self, group: Group, works: list[Work]) -> None:
+    def _move(self, group: Group, works: Sequence[Work]) -> None:
         """The plain roads."""
         grad_scale = getattr(self, "grad_scale", None)
         foreach = group["foreach"]
@@ -156,11 +156,13 @@ class Optimizer(Owner):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        # With True a GradScaler hands over its scale, and for released gradients comes to where it is refused.
+        # With True a GradScaler hands over its scale, and for released gradients comes to where it is
+        # refused.
         return any(group["fused"] or group["release_grads"] for group in self.param_groups)
 
     def _leaves_out(self) -> bool:
-        """Whether a GradScaler has found an infinite gradient; the kernels on a GPU see to that by themselves."""
+        """Whether a GradScaler has found an infinite gradient; the kernels on a GPU see to that by
+        themselves."""
         if any(group["release_grads"] for group in self.param_groups):
             raise RuntimeError(
                 "release_grads=True and a GradScaler exclude each other: gradients went into the momentum "

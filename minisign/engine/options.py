@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, TypedDict
+from typing import Any, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
@@ -13,7 +13,10 @@ from minisign.engine.checks import check_bool, check_choice, check_number, check
 from minisign.engine.shards import check_rows, is_sharded
 from minisign.engine.words import WORDS
 
-Group = dict[str, Any]
+Group: TypeAlias = dict[str, Any]
+Bounds: TypeAlias = Mapping[
+    str, tuple[float, float] | None
+]  # of numbers, [low, below); None: there are none
 STATE_TYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Options that say how a step is computed and not what: a checkpoint from elsewhere leaves them alone.
 HOW = ("foreach", "fused", "release_grads")
@@ -152,7 +155,7 @@ def _check_halves(owner: str, group: Group, why_not_linear: Callable[[], str]) -
         name: group[name]
         for name in ("accumulate", "shrink", "release_grads")
         if group[name] != DEFAULTS[name]
-    }  # type: ignore[literal-required]
+    }
     if asked and (why := why_not_linear()):
         name, value = next(iter(asked.items()))
         raise ValueError(f"{owner} takes no {name}={value!r}: its rule {why}")

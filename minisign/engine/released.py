@@ -1,8 +1,8 @@
 """Gradients that go into a momentum within ``backward``, and are freed before the next one is made.
 
-Then parameters, momentum and one gradient are alive, and no more. What ``p.register_hook`` does to a gradient,
-each tensor by itself, comes before; what sees all gradients at once (clipping by a norm of all, the mean over
-processes of ``DistributedDataParallel``, a GradScaler) comes too late.
+Then parameters, momentum and one gradient are alive, and no more. What ``p.register_hook`` does to a
+gradient, each tensor by itself, comes before; what sees all gradients at once (clipping by a norm of all,
+the mean over processes of ``DistributedDataParallel``, a GradScaler) comes too late.
 """
 
 from __future__ import annotations

@@ -2,11 +2,12 @@
 
     one          a tensor
     together     a list that acts as a tensor, for each device and dtype
-    rows         lazy or sparse gradients: the rows that take part are gathered, and written back; every other
+    rows         lazy or sparse gradients: the rows that take part are gathered, and written back; every
+        other
                  row keeps its bits
 
-Arithmetic is float32 or float64: what is narrower is widened first, and rounded once at the end. The road of the
-kernels is in fused.py.
+Arithmetic is float32 or float64: what is narrower is widened first, and rounded once at the end. The road
+of the kernels is in fused.py.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ _DTYPE = attrgetter("dtype")
 def one(work: Work, index: Tensor | None = None) -> None:
     """``index`` [U]: of a work on rows that were gathered, which they are."""
     own = [work.p, work.g, *work.buffers]
-    tensors, narrow = own, len(set(map(_DTYPE, own))) > 1 or work.p.dtype not in WIDE
+    tensors: list[Any] = own
+    narrow = len(set(map(_DTYPE, own))) > 1 or work.p.dtype not in WIDE
     if narrow:
         wide = _wide(own)
         tensors = [x.to(wide) for x in own]
@@ -56,7 +58,8 @@ def one(work: Work, index: Tensor | None = None) -> None:
 
 
 def together(works: Sequence[Work]) -> None:
-    """All at once; torch's multi-tensor kernels want one device and dtype each, and a rule one set of numbers."""
+    """All at once; torch's multi-tensor kernels want one device and dtype each, and a rule one set of
+    numbers."""
     kinds: dict[Any, list[Work]] = {}
     for work in _without_bad(works):
         dtypes = map(_DTYPE, (work.p, work.g, *work.buffers))
@@ -74,7 +77,8 @@ def together(works: Sequence[Work]) -> None:
 
 
 def rows(work: Work, index: Tensor, left: Sequence[float]) -> None:
-    """Those at ``index`` [U] only, each once, with ``work.g`` [U, …]; of the others' buffers so much is ``left``."""
+    """Those at ``index`` [U] only, each once, with ``work.g`` [U, …]; of the others' buffers so much is
+    ``left``."""
     mine = [x[index] for x in (work.p, *work.buffers)]
     for b, rate in zip(work.buffers, left, strict=True):
         if rate != 1:

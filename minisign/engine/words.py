@@ -1,4 +1,5 @@
-"""What a rule may ask of a whole tensor before it moves: the words that torch's methods have no name for."""
+"""What a rule may ask of a whole tensor before it moves: the words that torch's methods have no name
+for."""
 
 from __future__ import annotations
 

@@ -49,7 +49,8 @@ class Work(NamedTuple):
 def look(
     optimizer: Owner, group: Group, given: Sequence[tuple[Tensor, Tensor]] | None = None
 ) -> list[Work]:
-    """The work on the parameters of a group that have a gradient; or on ``given`` ones, each with a gradient.
+    """The work on the parameters of a group that have a gradient; or on ``given`` ones, each with a
+    gradient.
 
     Raises:
         ValueError: a state that is not its parameter's.
@@ -150,7 +151,7 @@ def _missing(optimizer: Owner, p: Tensor, group: Group) -> Tensor | None:
 def _wrong(group: Group, i: int, p: Tensor, x: Tensor, name: str) -> ValueError:
     called = group["param_names"][i] if "param_names" in group else f"parameter {i} of its group"
     return ValueError(
-        f"{called} has shape {tuple(p.shape)}, and its {name} shape {tuple(x.shape)}, strides {x.stride()}: a "
-        "checkpoint of another model or order of parameters, or a parameter that was replaced after a step; make "
-        "the optimizer anew, or take the parameter's entry out of its state"
+        f"{called} has shape {tuple(p.shape)}, and its {name} shape {tuple(x.shape)}, strides {x.stride()}:"
+        " a checkpoint of another model or order of parameters, or a parameter that was replaced after a "
+        "step; make the optimizer anew, or take the parameter's entry out of its state"
     )

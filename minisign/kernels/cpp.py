@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from minisign.kernels.program import Program
+from minisign.kernels.program import Program, bare
 from minisign.kernels.table import Form
 
 TYPES = {"float32": "float", "bfloat16": "c10::BFloat16", "float16": "c10::Half"}
@@ -60,7 +60,7 @@ def write(program: Program, form: Form) -> str:
                 f"store<{'rounded' if x == 'P' else 'false'}>({x} + I, {v.name}, start + I, key);"
             )
     numbers = [
-        _said(f"const {kind} {x}{i} = {'float' * (x == 'k')}(S.d[{i}]);", text)
+        _said(f"const {kind} {x}{i} = {f'float(S.d[{i}])' if x == 'k' else f'S.d[{i}]'};", bare(text))
         for text, i in program.trace.numbers.items()
         for x, kind in (("k", "float"), ("d", "double"))
         if re.search(rf"\b{x}{i}\b", "\n".join(of_all + of_each))

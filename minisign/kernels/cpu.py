@@ -136,8 +136,8 @@ def _compile(text: str, command: tuple[str, ...], target: Path) -> None:
         )
         if result.returncode:
             raise Unavailable(
-                f"fused=True: {command[0]} could not compile a step; leave fused out, or set CXX to another "
-                f"compiler. It says:\n{result.stderr.strip()}"
+                f"fused=True: {command[0]} could not compile a step; leave fused out, or set CXX to "
+                f"another compiler. It says:\n{result.stderr.strip()}"
             )
         content = made.read_bytes()
         made.write_bytes(content + hashlib.sha256(content).digest())

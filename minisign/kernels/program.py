@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
@@ -91,3 +92,9 @@ def program(rule: Callable[..., None], numbers: Mapping[str, Any], scalars: Mapp
     origin = f"{rule.__name__}, {inspect.getsourcefile(rule)}"
     names = tuple(name for name, x in numbers.items() if isinstance(x, float))
     return Program(origin, names, trace(rule, numbers, scalars))
+
+
+def bare(expression: str) -> str:
+    """For a comment: without the brackets around it, and 1 for 1.0."""
+    inner = expression[1:-1] if expression.startswith("(") else expression
+    return re.sub(r"\b(\d+)\.0\b", r"\1", inner)

@@ -121,7 +121,8 @@ class Call:
         numbers: what the program's expressions come to.
         lr: the rate, where it is a tensor.
         sign: −1 to maximize. shrink, center: of a guard.
-        grad_scale: 1-element float32, by which gradients are divided. found_inf: 1-element float32; where it
+        grad_scale: 1-element float32, by which gradients are divided. found_inf: 1-element float32; where
+            it
             is not 0 nothing happens.
     """
 

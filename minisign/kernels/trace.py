@@ -1,7 +1,8 @@
 """A rule, called once on stand-ins that only remember what is done to them, becomes the lines of a kernel.
 
     p, g, m       stand for tensors: what is done to an entry of them is a :class:`Line`
-    lr, beta      stand for numbers, which may be others at the next step: arithmetic on them is remembered as
+    lr, beta      stand for numbers, which may be others at the next step: arithmetic on them is remembered
+        as
                   an expression, and carried out on the host before each step
 
 The stand-ins are ``torch.fx``'s proxies, which hand every method, sign and function of torch to
@@ -57,7 +58,8 @@ class Variable:
     """Of a kernel.
 
     Attributes:
-        kind: of an entry. is_scalar: it is one for a whole tensor (the number of its step, its RMS), and so is
+        kind: of an entry. is_scalar: it is one for a whole tensor (the number of its step, its RMS), and so
+            is
             what follows from such.
     """
 
@@ -205,7 +207,8 @@ class Tracer(fx.proxy.TracerBase):
         return Value(out, self)  # type: ignore[arg-type]
 
     def _rms(self, proxy: Value, over: str) -> Value:
-        if proxy.node is not self.inputs[0] or any(line.out is proxy.node for line in self.lines):
+        asked: Any = proxy.node
+        if asked is not self.inputs[0] or any(line.out is asked for line in self.lines):
             raise Untraceable(f"{here()} asks for another RMS than that of the parameter before it moves")
         return Value(self.scalars.setdefault(over, Variable("size", is_scalar=True)), self)  # type: ignore[arg-type]
 

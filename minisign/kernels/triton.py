@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from minisign.kernels.program import Program
+from minisign.kernels.program import Program, bare
 from minisign.kernels.table import Form
 
 # Words that Triton has itself; its interpreter knows them by these names only.
@@ -15,7 +15,8 @@ from minisign.kernels.words import *
 
 
 @triton.jit
-def move(line, i, g_i, mask, unscale, finite, key, step, size, lr, numbers, SHAPE: tl.constexpr, MASKED: tl.constexpr):
+def move(line, i, g_i, mask, unscale, finite, key, step, size, lr, numbers, SHAPE: tl.constexpr, MASKED:
+tl.constexpr):
     {lines}
 """
 
@@ -56,7 +57,7 @@ def write(program: Program, form: Form) -> str:
             ]
     body = [*own, *statements[True], *loads, *statements[False], *stores]
     numbers = [
-        _said(f"{x}{i} = {text.format(i=i)}", expression)
+        _said(f"{x}{i} = {text.format(i=i)}", bare(expression))
         for expression, i in program.trace.numbers.items()
         for x, text in (("k", "numbers.k[{i}]"), ("d", "wide(numbers.k[{i}], numbers.rest[{i}])"))
         if re.search(rf"\b{x}{i}\b", "\n".join(body))

@@ -2,9 +2,9 @@
 
 A word is a method of tensors, or the function or sign of that name: ``x.add(y)``, ``torch.add(x, y)``,
 ``x + y``; with an underscore at its end it works in place. One text serves both languages: C++ and Triton
-share infix signs, and what is called here stands under the same name in ``step.h`` and ``words.py``. A fused
-multiply-add is where torch has one, and nowhere else. Arguments are names of variables, so nothing needs
-brackets.
+share infix signs, and what is called here stands under the same name in ``step.h`` and ``words.py``. A
+fused multiply-add is where torch has one, and nowhere else. Arguments are names of variables, so nothing
+needs brackets.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/", "pow": "**"} | {
 }  # fmt: skip
 # No variable of a kernel is called so: what the writers and the languages need themselves.
 RESERVED = frozenset(
-    "abs_of chosen divided exp_of float_of fma inverse_of larger_of lerp log_of not_of power_of sign_of smaller_of sqrt_of "
-    "store tanh_of B G I N P S T key line mask move numbers size step tl unscale finite "
-    "and auto bool break case catch char class const continue default delete do double else enum explicit export "
-    "extern false float for friend goto if inline int long mutable namespace new not operator or private protected "
-    "public register return short signed sizeof static struct switch template this throw true try typedef typename "
-    "union unsigned using virtual void volatile while".split()
+    "abs_of chosen divided exp_of float_of fma inverse_of larger_of lerp log_of not_of power_of sign_of "
+    "smaller_of sqrt_of store tanh_of B G I N P S T key line mask move numbers size step tl unscale finite "
+    "and auto bool break case catch char class const continue default delete do double else enum explicit "
+    "export extern false float for friend goto if inline int long mutable namespace new not operator or "
+    "private protected public register return short signed sizeof static struct switch template this throw "
+    "true try typedef typename union unsigned using virtual void volatile while".split()
 )

@@ -1,15 +1,15 @@
 """What all made Triton kernels share: the words that rules use, memory, and the kernel around a rule.
 
 A program takes a span of one tensor: 1024 entries, or a row. Which, it reads from two tables: `owners` says
-whose span this is, and that tensor's line in `table` (table.py) where its parameter, gradient and buffers lie:
-addresses, which become pointers here. So gradients stay where autograd left them, nothing is copied together,
-and nothing is launched for each tensor. Where something must be known of a whole tensor before one entry of it
-moves (is its gradient finite, how large are the weights), a launch with LOOK goes before.
+whose span this is, and that tensor's line in `table` (table.py) where its parameter, gradient and buffers
+lie: addresses, which become pointers here. So gradients stay where autograd left them, nothing is copied
+together, and nothing is launched for each tensor. Where something must be known of a whole tensor before
+one entry of it moves (is its gradient finite, how large are the weights), a launch with LOOK goes before.
 
 Under TRITON_INTERPRET=1 (set before this is imported) the same code runs on a CPU, program by program, in
-NumPy. Arithmetic is float32, and equal to step.h to the last bit: fused multiply-adds are written, never left
-to the compiler, and division and root are the rounded ones. There is no autotuning: it would apply the step
-several times.
+NumPy. Arithmetic is float32, and equal to step.h to the last bit: fused multiply-adds are written, never
+left to the compiler, and division and root are the rounded ones. There is no autotuning: it would apply the
+step several times.
 """
 
 from __future__ import annotations
@@ -187,7 +187,8 @@ def squares_of(p):
 
 @triton.jit
 def look(
-    line, i, g_i, mask, squares, bad, P: tl.constexpr, G: tl.constexpr, SHAPE: tl.constexpr, MASKED: tl.constexpr
+    line, i, g_i, mask, squares, bad,
+    P: tl.constexpr, G: tl.constexpr, SHAPE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     if SHAPE.guard:
         exponent = (

@@ -16,12 +16,12 @@ With ``lazy`` or sparse gradients, m and v of an absent row stay and t goes on, 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
 from minisign.engine.optimizer import Optimizer, Params
-from minisign.engine.options import Options
+from minisign.engine.options import Bounds, Options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -33,8 +33,8 @@ def adamw(
     m: Tensor,  # as p
     v: Tensor,  # as p
     *,
-    step: float | Tensor,  # t, from 1
-    lr: float | Tensor,  # η
+    step: float,  # t, from 1
+    lr: float,  # η
     beta1: float,
     beta2: float,
     eps: float,  # ε
@@ -68,7 +68,7 @@ class AdamW(Optimizer):
 
     rule = staticmethod(adamw)
     buffers = ("exp_avg", "exp_avg_sq")
-    bounds = {
+    bounds: ClassVar[Bounds] = {
         "lr": (0.0, math.inf),
         "betas": (0.0, 1.0),
         "eps": (0.0, math.inf),

@@ -11,12 +11,12 @@ Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv 2302.06675; 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
 from minisign.engine.optimizer import Optimizer, Params
-from minisign.engine.options import Options
+from minisign.engine.options import Bounds, Options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -27,7 +27,7 @@ def lion(
     g: Tensor,  # as p
     m: Tensor,  # as p
     *,
-    lr: float | Tensor,  # η
+    lr: float,  # η
     beta1: float,
     beta2: float,
     weight_decay: float,  # λ
@@ -55,7 +55,7 @@ class Lion(Optimizer):
     """
 
     rule = staticmethod(lion)
-    bounds = {"lr": (0.0, math.inf), "betas": (0.0, 1.0), "weight_decay": (0.0, math.inf)}
+    bounds: ClassVar[Bounds] = {"lr": (0.0, math.inf), "betas": (0.0, 1.0), "weight_decay": (0.0, math.inf)}
 
     def __init__(
         self,

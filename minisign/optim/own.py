@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from minisign.engine.optimizer import Optimizer, Params
@@ -23,25 +24,29 @@ def optimizer(
     """A class of optimizers that carry out ``rule``, with all that minisign's own have.
 
     Args:
-        rule: one step in place, ``rule(p, g, *buffers, *, lr, …)``, in methods of tensors; it leaves ``g`` as it
+        rule: one step in place, ``rule(p, g, *buffers, *, lr, …)``, in methods of tensors; it leaves ``g``
+            as it
             is. A ``step`` among its arguments is the number of the step, from 1.
         buffers: what the state calls them, in the order of the rule's arguments.
-        bounds: [low, below) of numbers that have some. Without: ``lr`` ≥ 0, and 0 ≤ β < 1 for what begins with
+        bounds: [low, below) of numbers that have some. Without: ``lr`` ≥ 0, and 0 ≤ β < 1 for what begins
+            with
             "beta".
         name: of the class; without, the function's, so that ``heavy_ball`` becomes ``HeavyBall``.
         numbers: the rule's other arguments and their defaults. ``"rms"`` and ``"row_rms"`` are words that
             :func:`minisign.rms` knows.
 
     Raises:
-        TypeError: buffers and numbers are not the rule's arguments; the rule changes its gradient, or chooses
-            by the values of a tensor (``if``). ValueError: a default outside its bounds, when an optimizer is made.
+        TypeError: buffers and numbers are not the rule's arguments; the rule changes its gradient, or
+            chooses
+            by the values of a tensor (``if``). ValueError: a default outside its bounds, when an optimizer
+            is made.
     """
     parameters = inspect.signature(rule).parameters.values()
     tensors = [x.name for x in parameters if x.kind is x.POSITIONAL_OR_KEYWORD]
     named = {x.name for x in parameters if x.kind is x.KEYWORD_ONLY}
     if len(tensors) != 2 + len(buffers):
         raise TypeError(
-            f"{rule.__name__}({', '.join(tensors)}, *, …) has {len(tensors) - 2} buffers after p and g, and "
+            f"{rule.__name__}({', '.join(tensors)}, *, …) has {len(tensors) - 2} buffers after p, g, and "
             f"buffers={buffers!r} names {len(buffers)}"
         )
     if named - {"step"} != set(numbers):
@@ -51,10 +56,10 @@ def optimizer(
             else f"{rule.__name__} takes {wrong}, which has no default: optimizer(…, {wrong}=…)"
         )  # fmt: skip
     floats = {key: float(x) if isinstance(x, (int, float)) else x for key, x in numbers.items()}
-    try:
+    with suppress(
+        Untraceable
+    ):  # fused=True will say which line; the plain roads can do all that tensors can
         trace(rule, floats, {"step": DOUBLE} if "step" in named else {})
-    except Untraceable:
-        pass  # fused=True will say which line; the plain roads can do all that tensors can
 
     def init(self: Optimizer, params: Params, **given: Any) -> None:
         own = {key: given.pop(key, default) for key, default in numbers.items()}

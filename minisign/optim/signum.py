@@ -11,12 +11,12 @@ it stands inside the sign.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
 from minisign.engine.optimizer import Optimizer, Params
-from minisign.engine.options import Options
+from minisign.engine.options import Bounds, Options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -27,7 +27,7 @@ def signum(
     g: Tensor,  # as p
     m: Tensor,  # as p
     *,
-    lr: float | Tensor,  # η
+    lr: float,  # η
     beta: float,
     weight_decay: float,  # λ
 ) -> None:
@@ -53,7 +53,7 @@ class Signum(Optimizer):
     """
 
     rule = staticmethod(signum)
-    bounds = {"lr": (0.0, math.inf), "beta": (0.0, 1.0), "weight_decay": (0.0, math.inf)}
+    bounds: ClassVar[Bounds] = {"lr": (0.0, math.inf), "beta": (0.0, 1.0), "weight_decay": (0.0, math.inf)}
 
     def __init__(
         self,

@@ -11,8 +11,8 @@ user. The author's code takes α = ``lr`` from the user and sets η by the kind 
     bias and norm weight    η = α / 2, and λ = 0
 
 m is linear in g, so gradient accumulation needs no buffer; a gradient that is not finite leaves m alone and
-shrinks the weights, θ ← (θ − c) s + c, with c = 1 for the weight of a norm and 0 otherwise: both are written
-once for all such rules, in minisign/engine/halves.py.
+shrinks the weights, θ ← (θ − c) s + c, with c = 1 for the weight of a norm and 0 otherwise: both are
+written once for all such rules, in minisign/engine/halves.py.
 
 Where this differs from the author's code:
 
@@ -32,12 +32,12 @@ Where this differs from the author's code:
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
 from minisign.engine.optimizer import Optimizer, Params
-from minisign.engine.options import Group, Options
+from minisign.engine.options import Bounds, Group, Options
 from minisign.engine.words import rms
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def tiger(
     g: Tensor,  # as p
     m: Tensor,  # as p
     *,
-    lr: float | Tensor,  # α
+    lr: float,  # α
     beta: float,
     weight_decay: float,  # λ
     scale: str | float,  # η/α
@@ -82,7 +82,7 @@ class Tiger(Optimizer):
         weight_decay: decoupled decay λ ≥ 0; keeps |θ| ≤ 1/λ.
         scale: η/α: ``"rms"``, the RMS of the tensor; ``"row_rms"``, of each row, for embeddings; a
             number, taken as it is for every shape (1.0 is the base form of kexue.fm/archives/9736).
-        accumulate, shrink, release_grads, options: see :class:`~minisign.engine.optimizer.Optimizer`.
+        options: see :class:`~minisign.engine.optimizer.Optimizer`; ``shrink`` is 0.99 here by default.
 
     A group may also have ``kind`` (set by :func:`minisign.param_groups`), from which follow the
     author's ``scale``, ``weight_decay`` and ``center`` (c in the module's text) where the group does
@@ -93,7 +93,7 @@ class Tiger(Optimizer):
     """
 
     rule = staticmethod(tiger)
-    bounds = {
+    bounds: ClassVar[Bounds] = {
         "lr": (0.0, math.inf),
         "beta": (0.0, 1.0),
         "weight_decay": (0.0, math.inf),
@@ -109,11 +109,11 @@ class Tiger(Optimizer):
         weight_decay: float = 0.01,
         *,
         scale: str | float = "rms",
-        shrink: float | None = 0.99,
         **options: Unpack[Options],
     ) -> None:
         numbers = dict(lr=lr, beta=beta, weight_decay=weight_decay, scale=scale)
-        super().__init__(params, numbers, {"shrink": shrink, **options})
+        options.setdefault("shrink", 0.99)
+        super().__init__(params, numbers, options)
 
     def own_numbers(self, p: Tensor, group: Group) -> Group:
         """Of tensors with fewer than two dimensions, whose kind no group says."""
