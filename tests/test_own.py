@@ -27,6 +27,7 @@ from own_rules import (
 from torch import Tensor, nn
 
 from minisign import AdamW, Lion, Signum, Tiger, optimizer, param_groups, track_rows
+from minisign.kernels import cpu
 from minisign.kernels.table import FMA_ON_CPU
 
 CLASSES = pytest.mark.parametrize("cls", OWN, ids=lambda cls: cls.__name__)
@@ -253,6 +254,34 @@ def test_the_gradient_is_left_as_it_is() -> None:
 def test_arguments_must_be_those_of_the_rule(given: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         optimizer(heavy_ball, **given)
+
+
+def test_a_rule_that_asks_its_numbers_is_asked_anew() -> None:
+    """λ = 0 leaves the decay out of a kernel; a schedule that lifts it must get another kernel."""
+    results = []
+    for road in ({}, {"fused": True}):
+        p = nn.Parameter(torch.ones(3))
+        made = Lion([p], lr=0.1, **road)
+        for t in range(4):
+            made.param_groups[0]["weight_decay"] = 0.5 if t % 2 else 0.0
+            p.grad = torch.ones(3)
+            made.step()
+        results.append(p.detach())
+    assert torch.equal(*results)
+    assert "weight_decay" not in Lion.kernel("cpu")
+    assert "1 - (lr * weight_decay)" in Lion.kernel("cpu", weight_decay=0.5)
+
+
+def test_a_schedule_compiles_nothing_anew() -> None:
+    p = nn.Parameter(torch.ones(3))
+    made = HeavyBall([p], fused=True)
+    for t in range(3):
+        made.param_groups[0]["lr"] = 0.1 / (t + 1)
+        p.grad = torch.ones(3)
+        made.step()
+        if t == 0:
+            before = cpu.library.cache_info().currsize
+    assert cpu.library.cache_info().currsize == before
 
 
 # --- halves ---------------------------------------------------------------------------------------

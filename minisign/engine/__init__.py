@@ -1,2 +1,1 @@
-"""How a rule of ``minisign.optim`` is carried out: groups and state, lists, rows, pieces, narrow types,
-halves."""
+"""How a rule is carried out: torch's contract, lists, rows, pieces, narrow types, released gradients."""

@@ -84,8 +84,8 @@ def text(optimizer: Owner, device: str) -> str:
         raise ValueError(f"kernels are for 'cpu' and 'cuda', got {device!r}")
     if found is None:
         raise ValueError(
-            f"{type(optimizer).__name__} takes the plain road here: float64, and lazy rows that wait for the "
-            "RMS of the whole matrix or whose absent rows decay, are not the kernels' matter"
+            f"{type(optimizer).__name__} takes the plain road here: float64, and lazy rows that wait for "
+            "the RMS of the whole matrix or whose absent rows decay, are not the kernels' matter"
         )
     part, item = found
     form = item.form(group["shrink"] is not None, group["stochastic_rounding"])

@@ -16,7 +16,7 @@ a rule again, and goes every road.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ def take(p: Any, g: Any, m: Any, *, keep: Any, weight: float) -> None:
 def move(rule: Rule) -> Rule:
     """The second half of a linear rule. The gradient is not read."""
 
+    @wraps(rule)
     def half(p: Any, g: Any, m: Any, **numbers: Any) -> None:
         if isinstance(m, Tensor):
             p, g, m = Tensors([p]), Tensors([g]), Tensors([m])
@@ -55,6 +56,7 @@ def shrink(p: Any, g: Any, m: Any, *, shrink: float, center: float) -> None:
 def take_and_move(rule: Rule) -> Rule:
     """Both, as the last micro-batch has them."""
 
+    @wraps(rule)
     def both(p: Any, g: Any, m: Any, *, keep: Any, weight: float, **numbers: Any) -> None:
         take(p, g, m, keep=keep, weight=weight)
         move(rule)(p, g, m, **numbers)
@@ -114,11 +116,9 @@ def why_not_linear(rule: Rule, buffers: int, numbers: Mapping[str, Any]) -> str:
         if not torch.allclose(taken, keep * m + weight * g, rtol=1e-9, atol=1e-12):
             return "has a momentum that is not linear in the gradient"
         move(rule)(alone, torch.full_like(g, torch.nan), taken, **host)
-    return (
-        ""
-        if torch.equal(moved, alone)
-        else "moves by more than the momentum: by the gradient, or an older momentum"
-    )
+    if torch.equal(moved, alone):
+        return ""
+    return "moves by more than the momentum: by the gradient, or an older momentum"
 
 
 def left(rule: Rule, buffers: int, numbers: Mapping[str, Any]) -> list[float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
@@ -89,7 +88,7 @@ class Program:
 
 def program(rule: Callable[..., None], numbers: Mapping[str, Any], scalars: Mapping[str, str]) -> Program:
     """Of a rule; arguments and errors are those of :func:`minisign.kernels.trace.trace`."""
-    origin = f"{rule.__name__}, {inspect.getsourcefile(rule)}"
+    origin = f"{rule.__module__}.{rule.__name__}"
     names = tuple(name for name, x in numbers.items() if isinstance(x, float))
     return Program(origin, names, trace(rule, numbers, scalars))
 

@@ -244,6 +244,7 @@ def trace(
 
 def _name(made: Tracer, rule: Callable[..., None]) -> None:
     """Variables are called as the rule calls them, where it does."""
+    rule = inspect.unwrap(rule)
     tree, first = ast.parse(textwrap.dedent(inspect.getsource(rule))), rule.__code__.co_firstlineno - 1
     targets = {
         number + first: node.targets[0].id

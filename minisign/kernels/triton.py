@@ -15,8 +15,10 @@ from minisign.kernels.words import *
 
 
 @triton.jit
-def move(line, i, g_i, mask, unscale, finite, key, step, size, lr, numbers, SHAPE: tl.constexpr, MASKED:
-tl.constexpr):
+def move(
+    line, i, g_i, mask, unscale, finite, key, step, size, lr, numbers,
+    SHAPE: tl.constexpr, MASKED: tl.constexpr,
+):
     {lines}
 """
 
