@@ -103,13 +103,19 @@ inline void store(T* target, float x, int64_t i, uint32_t key) {
 
 template <class T>
 double sum_of_squares(const T* x, int64_t n) {
-  double lanes[8] = {};
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8)
-    for (int j = 0; j < 8; j++) lanes[j] += double(float(x[i + j])) * double(float(x[i + j]));
-  for (; i < n; i++) lanes[0] += double(float(x[i])) * double(float(x[i]));
+  constexpr int64_t LANES = 16;
+  double lanes[4][LANES] = {};
+  const int64_t quarter = n / (4 * LANES) * LANES;
+  for (int64_t i = 0; i < quarter; i += LANES)
+    for (int64_t k = 0; k < 4; k++)
+      for (int64_t j = 0; j < LANES; j++) {
+        const double y = float(x[k * quarter + i + j]);
+        lanes[k][j] += y * y;
+      }
+  for (int64_t i = 4 * quarter; i < n; i++) lanes[0][0] += double(float(x[i])) * double(float(x[i]));
   double sum = 0;
-  for (double lane : lanes) sum += lane;
+  for (int64_t k = 0; k < 4; k++)
+    for (double lane : lanes[k]) sum += lane;
   return sum;
 }
 
@@ -118,14 +124,20 @@ inline float rms(double squares, int64_t count) {
   return size == 0 ? 1.0f : size;
 }
 
+template <class T>
+int not_finite(const T* x, int64_t n) {
+  int bad = 0;
+  for (int64_t i = 0; i < n; i++) bad |= !(std::fabs(float(x[i])) <= FLT_MAX);
+  return bad;
+}
+
 // Four places at once: a core reads several streams faster than one.
 template <class T>
 bool some_not_finite(const T* x, int64_t n) {
   const int64_t quarter = n / 4;
-  int bad = 0;
-  for (int64_t i = 0; i < quarter; i++)
-    for (int64_t k = 0; k < 4; k++) bad |= !(std::fabs(float(x[k * quarter + i])) <= FLT_MAX);
-  for (int64_t i = 4 * quarter; i < n; i++) bad |= !(std::fabs(float(x[i])) <= FLT_MAX);
+  int bad = not_finite(x + 4 * quarter, n % 4);
+  for (int64_t i = 0; i < quarter; i += 64)
+    for (int64_t k = 0; k < 4; k++) bad |= not_finite(x + k * quarter + i, std::min<int64_t>(64, quarter - i));
   return bad;
 }
 
