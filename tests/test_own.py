@@ -7,6 +7,9 @@ import io
 import math
 import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +33,7 @@ from minisign import AdamW, Lion, Signum, Tiger, optimizer, param_groups, track_
 from minisign.kernels import cpu
 from minisign.kernels.table import FMA_ON_CPU
 
+PACKAGE = Path(optimizer.__code__.co_filename).parents[1]
 CLASSES = pytest.mark.parametrize("cls", OWN, ids=lambda cls: cls.__name__)
 ROADS: dict[str, dict[str, Any]] = {"foreach": {"foreach": True}, "cpu": {"fused": "cpu"}}
 if os.environ["TRITON_INTERPRET"] == "1":
@@ -282,6 +286,44 @@ def test_a_schedule_compiles_nothing_anew() -> None:
         if t == 0:
             before = cpu.library.cache_info().currsize
     assert cpu.library.cache_info().currsize == before
+
+
+def test_two_processes_may_make_the_same_kernel_at_once(tmp_path: Path) -> None:
+    code = (
+        "import torch, minisign\n"
+        "p = torch.nn.Parameter(torch.ones(3)); p.grad = torch.ones(3)\n"
+        "minisign.Lion([p], lr=0.5, fused=True).step(); print(p.tolist())"
+    )
+    own = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    started = [
+        subprocess.Popen([sys.executable, "-c", code], env=own, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    assert [process.communicate()[0] for process in started] == ["[0.5, 0.5, 0.5]\n"] * 3
+    assert [path.suffix for path in (tmp_path / "minisign").iterdir()] == [".so"]
+
+
+def test_a_plain_step_enters_few_functions() -> None:
+    """Whoever reads it can follow: nine for the first tensor, comprehensions apart."""
+    p = nn.Parameter(torch.ones(4, 4))
+    made = Tiger([p])
+    p.grad = torch.ones(4, 4)
+    made.step()
+    entered: list[str] = []
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        if event == "call" and Path(frame.f_code.co_filename).is_relative_to(PACKAGE):
+            entered.append(frame.f_code.co_name)
+
+    sys.setprofile(note)
+    try:
+        made.step()
+    finally:
+        sys.setprofile(None)
+    names = [name for name in dict.fromkeys(entered) if not name.startswith("<")]
+    assert names == [
+        "step", "look", "numbers_of", "own_numbers", "_move", "one", "all_finite", "tiger", "rms"
+    ]  # fmt: skip
 
 
 # --- halves ---------------------------------------------------------------------------------------

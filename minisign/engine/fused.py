@@ -12,6 +12,7 @@ import math
 from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
@@ -161,12 +162,10 @@ class Plan:
         tensors = _tensors(optimizer, self.own)
         if not all(map(is_, tensors, self.tensors)) or self.places != _places(params, tensors):
             return False
-        gs = [p.grad for p in params]
+        gs = list(map(_GRADIENT, params))
         if type(None) in set(map(type, gs)) or set(map(_LAYOUT, gs)) != {torch.strided}:
             return False
-        if not list(map(_SHAPE, gs)) == list(map(_SHAPE, params)) == self.shapes or not all(
-            map(_CONTIGUOUS, gs)
-        ):
+        if self.shapes != list(map(_SHAPE, gs)) or not all(map(_CONTIGUOUS, gs)):
             return False
         for _, launch, members in self.jobs:
             mine = gs if len(members) == len(gs) else [gs[i] for i in members]
@@ -177,8 +176,8 @@ class Plan:
 
 
 # In C: of many small tensors, asking takes longer than moving.
-_SHAPE, _LAYOUT, _DTYPE = map(attrgetter, ("shape", "layout", "dtype"))
-_PLACE, _CONTIGUOUS = Tensor.data_ptr, Tensor.is_contiguous
+_GRADIENT, _SHAPE, _LAYOUT, _DTYPE = map(attrgetter, ("grad", "shape", "layout", "dtype"))
+_PLACE, _SIZE, _CONTIGUOUS = Tensor.data_ptr, Tensor.numel, Tensor.is_contiguous
 
 
 def _made_for(optimizer: Owner, group: Group) -> tuple[Any, ...]:
@@ -192,19 +191,14 @@ def _made_for(optimizer: Owner, group: Group) -> tuple[Any, ...]:
 def _tensors(optimizer: Owner, states: list[Group]) -> list[Any]:
     """What the states hold, in the same order as long as they hold the same."""
     names = (*optimizer.buffers, "step") if "step" in states[0] else optimizer.buffers
-    return [state.get(name) for name in names for state in states]
+    return [x for name in names for x in map(dict.get, states, repeat(name))]
 
 
 def _places(params: list[Tensor], tensors: list[Any]) -> list[Any]:
-    """Where they lie, and whether in one piece."""
+    """Where they lie, and how large and in one piece those are that a user may replace in place."""
     if not all(issubclass(kind, Tensor) for kind in set(map(type, tensors))):
         return []  # a counter may be a plain number, until it is looked at
-    return [
-        *map(_PLACE, params),
-        *map(_CONTIGUOUS, params),
-        *map(_PLACE, tensors),
-        *map(_CONTIGUOUS, tensors),
-    ]
+    return [*map(_PLACE, params), *map(_SIZE, params), *map(_CONTIGUOUS, params), *map(_PLACE, tensors)]
 
 
 def _plan(optimizer: Owner, group: Group, numbers: Group, works: list[Work]) -> Plan:
