@@ -154,6 +154,17 @@ def relative_ball_oracle(p: Array, g: Array, buffers: list[Array], t: int) -> No
     p -= 0.01 * (np.sqrt(np.mean(p**2)) or 1.0) * m
 
 
+# --- signSGD, which keeps nothing ----------------------------------------------------------------
+
+
+def bare_sign(p: Tensor, g: Tensor, *, lr: float) -> None:
+    p.add_(g.sign(), alpha=-lr)
+
+
+def bare_sign_oracle(p: Array, g: Array, buffers: list[Array], t: int) -> None:
+    p -= 0.01 * np.sign(g)
+
+
 MOMENTUM = ("momentum",)
 HeavyBall = optimizer(heavy_ball, buffers=MOMENTUM, lr=0.01, beta=0.9)
 Nesterov = optimizer(nesterov, buffers=MOMENTUM, lr=0.01, beta=0.9)
@@ -176,6 +187,7 @@ CautiousDecay = optimizer(
 )
 CautiousMask = optimizer(cautious_mask, buffers=MOMENTUM, lr=0.01, beta1=0.9, beta2=0.99)
 RelativeBall = optimizer(relative_ball, buffers=MOMENTUM, lr=0.01, beta=0.9, over="rms")
+BareSign = optimizer(bare_sign, lr=0.01)
 OWN: dict[Any, Oracle] = {
     HeavyBall: heavy_ball_oracle,
     Nesterov: nesterov_oracle,
@@ -185,6 +197,7 @@ OWN: dict[Any, Oracle] = {
     CautiousDecay: cautious_decay_oracle,
     CautiousMask: cautious_mask_oracle,
     RelativeBall: relative_ball_oracle,
+    BareSign: bare_sign_oracle,
 }
 # Bit for bit the plain step, on a CPU too: no root, quotient or tanh, of which torch's vector library has
 # others.

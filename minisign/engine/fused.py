@@ -243,10 +243,8 @@ def _item(optimizer: Owner, group: Group, numbers: Group, work: Work) -> tuple[P
     """What a kernel needs for a parameter: what it has in common with others, and its line of a table; None
     where the kernels cannot take it."""
     p, g, parameter = work.p, work.g, work.parameter
-    lazy, words = (
-        g.layout != torch.strided or bool(group["lazy"]),
-        {x for x in numbers.values() if x in WORDS},
-    )
+    lazy = g.layout != torch.strided or bool(group["lazy"])
+    words = {x for x in numbers.values() if x in WORDS}
     if lazy and (group["lazy_momentum"] != "freeze" or group["accumulate"] > 1 or "rms" in words):
         # Every row's momentum decays; rows of a cycle are remembered; rows would wait for the matrix.
         return None
@@ -257,20 +255,17 @@ def _item(optimizer: Owner, group: Group, numbers: Group, work: Work) -> tuple[P
             rows = torch.where(_moves(g), rows, -1)
     elif lazy:
         mask = recorded_rows(parameter) if group["lazy"] == "ids" else _moves(g)
-        rows = (
-            torch.where(mask, torch.arange(len(mask), device=mask.device), -1)
-            if mask.is_cuda
-            else mask.nonzero()[:, 0]
-        )
+        if mask.is_cpu:
+            rows = mask.nonzero()[:, 0]
+        else:  # without waiting for the device to say how many there are
+            rows = torch.where(mask, torch.arange(len(mask), device=mask.device), -1)
     rounded = group["stochastic_rounding"] and p.dtype == torch.bfloat16
     if not _takes(p, g, work.buffers, by_rows) or (p is not parameter and rounded):
         return None  # a kernel's noise follows from the place in what it is given
     # What is the tensor's own goes into its line; the program has a word where that is a number.
     own = tuple(name for name in optimizer.own if name in work.numbers)
     shared = {name: numbers.get(name, x) for name, x in work.numbers.items() if name not in (*own, "step")}
-    known = [
-        work.numbers[name] for name, x in shared.items() if x in WORDS and work.numbers[name] not in WORDS
-    ]
+    known = [work.numbers[x] for x in shared if shared[x] in WORDS and work.numbers[x] not in WORDS]
     return Part(work.rule, tuple(shared.items()), own), Item(
         p, g, work.buffers, work.state.get("step"),
         noise_of(group["seed"], optimizer.number(parameter)) if rounded else 0, by_rows, rows,
@@ -298,8 +293,9 @@ def _takes(p: Tensor, g: Tensor, buffers: Sequence[Tensor], by_rows: bool) -> bo
     """Whether the kernels can step on these: dense, of one memory order, float32, bfloat16 or float16."""
     if p.dtype not in TYPES or g.dtype not in TYPES or g.device != p.device:
         return False
-    kind = buffers[0].dtype
-    if any(b.dtype != kind or b.device != p.device for b in buffers) or kind not in TYPES:
+    if len({b.dtype for b in buffers}) > 1 or any(
+        b.dtype not in TYPES or b.device != p.device for b in buffers
+    ):
         return False
     if p.is_contiguous():
         return g.is_contiguous() and all(b.is_contiguous() for b in buffers)

@@ -16,7 +16,7 @@ a rule again, and goes every road.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache, wraps
+from functools import cache, lru_cache, wraps
 from typing import Any
 
 import torch
@@ -66,12 +66,15 @@ def take_and_move(rule: Rule) -> Rule:
 
 def keep_and_weight(rule: Rule, numbers: Mapping[str, Any]) -> tuple[float, float]:
     """What is left of a momentum, and the weight of the gradient in it."""
-    g, m = (
-        torch.tensor([[0.0], [1.0]], dtype=torch.float64),
-        torch.tensor([[1.0], [0.0]], dtype=torch.float64),
-    )
+    return _tried(rule, tuple(_on_host(numbers).items()))
+
+
+@lru_cache  # of a group's parameters all ask the same
+def _tried(rule: Rule, numbers: tuple[tuple[str, Any], ...]) -> tuple[float, float]:
+    g = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    m = 1 - g
     with torch.no_grad():
-        rule(*(Tensors([x]) for x in (torch.zeros_like(g), g, m)), **_on_host(numbers))
+        rule(*(Tensors([x]) for x in (torch.zeros_like(g), g, m)), **dict(numbers))
     keep, weight = m.flatten().tolist()
     return keep, weight
 

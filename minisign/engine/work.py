@@ -38,7 +38,6 @@ class Work(NamedTuple):
     g: Tensor  # as p
     buffers: list[Tensor]  # as p
     numbers: Mapping[str, Any]
-    own: Mapping[str, Any]  # those of the numbers that are others in this parameter's group
     noise: Noise | None  # None: what is widened is rounded to the nearest
     guard: Guard | None
     parameter: Tensor  # of which p is this process's piece
@@ -75,16 +74,13 @@ def look(
         if g is None:
             continue
         state = optimizer.state[p] or new_state(optimizer, p, group)
-        names, tensors = (
-            ("gradient", *optimizer.buffers),
-            [p, g, *(state[name] for name in optimizer.buffers)],
-        )
-        for name, x in zip(names, tensors[1:], strict=True):
+        tensors = [p, g, *(state[name] for name in optimizer.buffers)]
+        for name, x in zip(("gradient", *optimizer.buffers), tensors[1:], strict=True):
             if x.shape != p.shape:
                 raise _wrong(group, i, p, x, name)
         if sharded:
             tensors = [local(x) for x in tensors]
-        for name, x in zip(names[1:], tensors[2:], strict=True):
+        for name, x in zip(optimizer.buffers, tensors[2:], strict=True):
             if torch._debug_has_internal_overlap(x) == 1:
                 raise _wrong(group, i, p, x, name)
         rule, own, taken, noise = optimizer.rule, optimizer.own_numbers(p, group), None, None
@@ -96,9 +92,7 @@ def look(
             mine, noise = _counted(optimizer, p, state, group, mine)
         if group["accumulate"] > 1:
             rule, mine, taken = halves.due(rule, p, g, state, group, mine)
-        works.append(
-            Work(rule, tensors[0], tensors[1], tensors[2:], mine, own, noise, guard, p, state, taken)
-        )
+        works.append(Work(rule, tensors[0], tensors[1], tensors[2:], mine, noise, guard, p, state, taken))
     return works
 
 

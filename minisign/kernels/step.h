@@ -32,6 +32,7 @@ static_assert(sizeof(Shared) == SHARED_BYTES, "cpu.py has another");
 // One tensor; mirrored by Item.columns in table.py.
 template <class P, class G, class B, int BUFFERS, int OWN>
 struct TensorOf {
+  static constexpr int buffers = BUFFERS;
   P* p;
   const G* g;
   B* b[BUFFERS];
@@ -206,7 +207,7 @@ struct Step {
       for (int64_t j = first; j < first + n; j++) {
         for (int64_t k = j; t.rows && (j - first) % 8 == 0 && k < std::min(j + 8, first + n); k++) {
           visit(t.p + row(k));
-          visit(t.b[0] + row(k));
+          if constexpr (Rule::Tensor::buffers > 0) visit(t.b[0] + row(k));
         }
         float size = float(t.known);
         if (Rule::size == OF_ROW && size != size && !bad) size = rms(sum_of_squares(t.p + row(j), t.width), t.width);

@@ -54,7 +54,7 @@ class Item(NamedTuple):
     own: tuple[float, ...] = ()  # numbers of the rule that are its own
 
     def form(self, guard: bool, rounded: bool) -> Form:
-        p, g, b = (TYPES[x.dtype] for x in (self.p, self.g, self.buffers[0]))
+        p, g, b = (TYPES[x.dtype] for x in (self.p, self.g, *(self.buffers or [self.p])[:1]))
         compact = self.rows is not None and self.g.shape != self.p.shape
         return Form((p, g, b), self.by_rows, compact, guard, rounded and p == "bfloat16")
 
