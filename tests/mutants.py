@@ -439,6 +439,7 @@ MUTANTS = (
         "    given = {\n        name: Value(Number(x, name), made) if isinstance(x, float)",
         "    given = {\n        name: Value(Number(x, repr(x)), made) if isinstance(x, float)",
         FUSED + "test_a_plan_is_remade_when_anything_moves",
+        "17_your_own_optimizer",
     ),
     Mutant(
         "an update in place that goes nowhere",
@@ -474,6 +475,7 @@ MUTANTS = (
         "    if torch.equal(moved, alone):\n",
         "    if True:\n",
         "tests/test_own.py::test_who_cannot_refuses_with_the_reason",
+        "17_your_own_optimizer",
     ),
     Mutant(
         "the same noise at every step",

@@ -87,8 +87,8 @@ def test_a_kernels_own_part_has_no_files_and_no_line_numbers() -> None:
         own = lessons.own_part(text).splitlines()
         assert own[0].startswith(first)
         assert own[-1] == last
-        assert "lion.py" in text
-        assert "lion.py" not in "".join(own)
+        assert "minisign.optim.lion" in text
+        assert "minisign.optim" not in "".join(own)
         assert any(line.endswith(" p.add_(update, alpha=-lr)") for line in own)
         assert re.search(r"(//|#) \d+: p.add_", text)
         assert not re.search(r"(//|#) \d+: ", "".join(own))
