@@ -90,6 +90,7 @@ def test_a_kernels_own_part_has_no_files_and_no_line_numbers() -> None:
         assert "minisign.optim.lion" in text
         assert "minisign.optim" not in "".join(own)
         assert any(line.endswith(" p.add_(update, alpha=-lr)") for line in own)
+        assert any(line.endswith(" m.lerp_(g, 1 - beta2)") for line in own)  # of which lion.py says more
         assert re.search(r"(//|#) \d+: p.add_", text)
         assert not re.search(r"(//|#) \d+: ", "".join(own))
 

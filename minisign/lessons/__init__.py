@@ -60,6 +60,7 @@ def own_part(kernel: str) -> str:
     numbers of the rule's lines: they are others as soon as somebody adds a line above."""
     start, end = ("  static void move", "\n};") if "struct Rule" in kernel else ("def move", "\n\n\n")
     text = kernel[kernel.index(start) :].partition(end)[0]
+    text = re.sub(r"((?://|#) .*?) {2}# .*", r"\1", text)  # the rule's line may have a comment of its own
     return textwrap.dedent(re.sub(r"(//|#) \d+: ", r"\1 ", text)).rstrip()
 
 
