@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import math
 import os
@@ -233,6 +234,103 @@ def test_what_the_kernels_do_not_know_runs_on_the_plain_roads() -> None:
         RuntimeError, match=r"line \d+ of .*test_own\.py, `p\.sub_\(g\.erf\(\), alpha=lr\)` uses erf"
     ):
         cls(parameters(), fused=True)
+
+
+def backslash(p: Tensor, g: Tensor, m: Tensor, *, lr: float, beta: float) -> None:
+    # fmt: off
+    m.mul_(beta) \
+     .add_(g)
+    # fmt: on
+    p.add_(m, alpha=-lr)
+
+
+def filled(p: Tensor, g: Tensor, m: Tensor, *, lr: float, beta: float) -> None:
+    m.mul_(beta).add_(g)
+    m.masked_fill_(m.abs() < 0.5, 0.0)
+    p.add_(m.where(m > 0, -m), alpha=-lr)
+
+
+def wide_mask(p: Tensor, g: Tensor, m: Tensor, *, lr: float, beta: float) -> None:
+    m.mul_(beta).add_(g)
+    p.sub_((m > 0).to(m.dtype) * lr)
+
+
+@pytest.mark.parametrize("rule", [backslash, filled, wide_mask])
+def test_the_same_on_every_road(rule: Any) -> None:
+    cls = optimizer(rule, buffers=MOMENTUM, lr=0.1, beta=0.9)
+    _, plain = train(cls, 3)
+    for road in ROADS.values():
+        for a, b in zip(train(cls, 3, **road)[1], plain, strict=True):
+            assert torch.equal(a, b)
+
+
+OUTSIDE = 0.5
+
+
+def outside(p: Tensor, g: Tensor, *, lr: float) -> None:
+    p.sub_(g * OUTSIDE, alpha=lr)
+
+
+def rooted(p: Tensor, g: Tensor, *, lr: float) -> None:
+    p.sub_(g, alpha=math.sqrt(lr))
+
+
+def shaped(p: Tensor, g: Tensor, *, lr: float) -> None:
+    p.sub_(g, alpha=lr / max(p.numel(), 1) if p.dim() > 1 else lr)
+
+
+def early(p: Tensor, g: Tensor, *, step: float, lr: float) -> None:
+    if step < 3:
+        p.sub_(g, alpha=lr)
+
+
+def powered(p: Tensor, g: Tensor, *, lr: float) -> None:
+    p.sub_(g.abs() ** 1.5, alpha=lr)
+
+
+def picked(p: Tensor, g: Tensor, *, lr: float) -> None:
+    p[..., :1] = 0.0
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (outside, r"`p\.sub_\(g \* OUTSIDE, alpha=lr\)` has 0\.5, which is not written there"),
+        (rooted, r"`p\.sub_\(g, alpha=math\.sqrt\(lr\)\)` would keep today's value"),
+        (shaped, r"asks for dim: a kernel sees one entry"),
+        (early, r"`if step < 3:` chooses by what only a kernel knows"),
+        (powered, r"takes a power other than 2\.0, 0\.5, -0\.5"),
+        (picked, r"`p\[\.\.\., :1\] = 0\.0` writes to some entries only"),
+    ],
+)
+def test_what_only_plain_roads_can_do(rule: Any, message: str) -> None:
+    cls = optimizer(rule, lr=0.1)
+    shapes = [(3, 4), (2, 2)]
+    results = []
+    for road in ({}, {"foreach": True}):
+        ps = parameters(shapes=shapes)
+        made = cls(ps, **road)
+        for p, g in zip(ps, gradients(0, shapes), strict=True):
+            p.grad = g.float()
+        made.step()
+        results.append([p.detach() for p in ps])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(RuntimeError, match=message):
+        cls(parameters(shapes=shapes), fused=True)
+
+
+def rateless(p: Tensor, g: Tensor, *, rate: float) -> None:
+    p.sub_(g, alpha=rate)
+
+
+def test_a_rule_needs_no_lr() -> None:
+    _, plain = train(optimizer(rateless, rate=0.1), 2)
+    _, fused = train(optimizer(rateless, rate=0.1), 2, fused=True)
+    for a, b in zip(plain, fused, strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(TypeError, match="a rule is a function made by def, got functools"):
+        optimizer(functools.partial(rateless, rate=0.1))
 
 
 def test_choosing_by_a_tensors_values_is_an_error() -> None:

@@ -62,6 +62,7 @@ class Owner(ExactOptimizer):
             ``beta2``, …
         own: numbers that :meth:`own_numbers` may give; the rule asks nothing of them (``if``).
         counts: the rule has the number of its step.
+        is_known: it does nothing but what lists of tensors and the kernels know.
     """
 
     rule: ClassVar[Rule]
@@ -69,6 +70,7 @@ class Owner(ExactOptimizer):
     bounds: ClassVar[Mapping[str, tuple[float, float] | None]]
     own: ClassVar[tuple[str, ...]] = ()
     counts: ClassVar[bool] = False
+    is_known: ClassVar[bool] = True
 
     def own_numbers(self, p: Tensor, group: Group) -> Group:
         """Those of the rule's numbers that are others for this parameter."""

@@ -24,6 +24,10 @@ class Tensors:
         """``is_fixed``: what would change them in place does nothing."""
         self.tensors, self.is_fixed = list(tensors), is_fixed
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensors[0].dtype
+
     def fixed(self) -> Tensors:
         return Tensors(self.tensors, is_fixed=True)
 

@@ -98,7 +98,7 @@ class Optimizer(Owner):
         foreach = group["foreach"]
         if foreach is None:
             foreach = not group["differentiable"] and all(map(attrgetter("is_cuda"), group["params"]))
-        if group["capturable"] and group["shrink"] is not None:
+        if not self.is_known or (group["capturable"] and group["shrink"] is not None):
             foreach = (
                 False  # to learn on a list what is finite is to wait for the device, which a graph cannot
             )

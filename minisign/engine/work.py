@@ -100,7 +100,7 @@ def numbers_of(optimizer: Owner, group: Group) -> Group:
     """The rule's numbers that all parameters of a group share."""
     found = {name: group[name] for name in optimizer.bounds if name != "betas"}
     found |= {f"beta{i}": beta for i, beta in enumerate(group.get("betas", ()), start=1)}
-    lr = group["lr"]
+    lr = group.get("lr")
     if isinstance(lr, Tensor):  # a number, unless a CUDA graph, a kernel or autograd has to see the tensor
         seen = group["capturable"] or group["differentiable"] or (group["fused"] and lr.is_cuda)
         found["lr"] = lr if seen else lr.item()

@@ -27,6 +27,7 @@ from torch import fx
 from minisign.kernels.vocabulary import BOOLS, POWERS, RESERVED, SAME, SIGNS, TEXTS
 
 FLOAT, DOUBLE, BOOL = "float", "double", "bool"
+SHAPES = {"dim", "ndim", "numel", "size", "shape"}
 
 
 class Untraceable(Exception):
@@ -41,7 +42,8 @@ class Place(NamedTuple):
 
     @property
     def code(self) -> str:
-        return linecache.getline(self.file, self.line).strip()
+        # A comment that ends in a backslash would take the next line with it.
+        return linecache.getline(self.file, self.line).strip().rstrip("\\").rstrip()
 
     def __str__(self) -> str:
         return f"line {self.line} of {self.file}, `{self.code}`"
@@ -59,8 +61,7 @@ class Variable:
 
     Attributes:
         kind: of an entry. is_scalar: it is one for a whole tensor (the number of its step, its RMS), and so
-            is
-            what follows from such.
+            is what follows from such.
     """
 
     def __init__(self, name: str = "", kind: str = FLOAT, is_scalar: bool = False) -> None:
@@ -96,12 +97,17 @@ class Value(fx.Proxy):
         made.is_fixed = True
         return made
 
-    def where(self, mask: Value, other: Any) -> Any:
-        """Of torch's two orders this is the method's."""
-        return self.tracer.create_proxy("call_method", "where", (mask, self, other), {})
+    def __float__(self) -> float:
+        if isinstance(self.node, Number):
+            raise Untraceable(
+                f"{here()} would keep today's value of a number for ever; write it in + - * / **"
+            )
+        return float(bool(self))
 
-    def masked_fill(self, mask: Value, value: Any) -> Any:
-        return self.tracer.create_proxy("call_method", "where", (mask, value, self), {})
+    __int__ = __index__ = __float__
+
+    def __setitem__(self, *_: Any) -> None:
+        raise Untraceable(f"{here()} writes to some entries only, which the kernels do not know")
 
 
 for _sign in ("add", "sub", "mul", "truediv"):  # p += … is p.add_(…); fx has no word for it
@@ -138,19 +144,30 @@ class Tracer(fx.proxy.TracerBase):
         word = SAME.get(name.strip("_"), name.strip("_"))
         if word == "rms":
             return self._rms(*args)
-        if in_place and args[0].is_fixed:
-            return args[0]
+        if word in SHAPES:
+            raise Untraceable(f"{here()} asks for {word}: a kernel sees one entry")
+        target = args[0]
+        if kind == "call_method" and word in (
+            "where",
+            "masked_fill",
+        ):  # of torch's orders this is the method's
+            x, mask, other = args
+            word, args = "where", (mask, x, other) if word == "where" else (mask, other, x)
+        if in_place and target.is_fixed:
+            return target
         if word == "to":  # a kernel computes in float32, whatever it is given
             return args[0]
         nodes, options = tuple(map(self._node, args)), {key: self._node(x) for key, x in kwargs.items()}
         if all(isinstance(x, Number) for x in (*nodes, *options.values())):
             return Value(self._expression(word, *nodes), self)  # type: ignore[arg-type]
-        return self._record(word, nodes, options, in_place)
+        return self._record(word, nodes, options, self._node(target) if in_place else None)
 
     def to_bool(self, proxy: Any) -> bool:
         if isinstance(proxy.node, Number):
             self.conditions[proxy.node.text] = bool(proxy.node.value)
             return bool(proxy.node.value)
+        if proxy.node.is_scalar:
+            raise Untraceable(f"{here()} chooses by what only a kernel knows: its step, a size")
         raise TypeError(
             f"{here()} depends on a tensor's values; a rule may choose by torch.where, not by `if`"
         )
@@ -162,6 +179,11 @@ class Tracer(fx.proxy.TracerBase):
             return x.node  # type: ignore[return-value]
         if isinstance(x, bool) or not isinstance(x, (int, float)):
             raise Untraceable(f"{here()} has {x!r} where the kernels need a number")
+        if x not in _frame().f_code.co_consts:
+            raise Untraceable(
+                f"{here()} has {x!r}, which is not written there: the kernel would keep it for ever; make "
+                "it an argument of the rule"
+            )
         return Number(x, repr(float(x)))
 
     def _expression(self, word: str, a: Number, b: Number | None = None) -> Number:
@@ -177,21 +199,25 @@ class Tracer(fx.proxy.TracerBase):
         function = operator.truediv if word == "div" else getattr(operator, word)
         return Number(function(a.value, b.value), text)
 
-    def _record(self, word: str, nodes: tuple[Node, ...], options: dict[str, Node], in_place: bool) -> Any:
+    def _record(
+        self, word: str, nodes: tuple[Node, ...], options: dict[str, Node], target: Node | None
+    ) -> Any:
         place, (_, g, *_) = here(), self.inputs
         if word == "pow" and not all(isinstance(x, Number) or x.is_scalar for x in nodes):
-            word, nodes = POWERS.get(getattr(nodes[-1], "text", ""), word), nodes[:1]
+            power = getattr(nodes[-1], "text", "")
+            if power not in POWERS:
+                raise Untraceable(f"{place} takes a power other than {', '.join(POWERS)}")
+            word, nodes = POWERS[power], nodes[:1]
         if word not in TEXTS:
             raise Untraceable(f"{place} uses {word}, which the kernels do not know")
         try:
             inspect.signature(TEXTS[word]).bind(*nodes, **options)
         except TypeError as error:
             raise Untraceable(f"{place} uses {word} otherwise than the kernels know: {error}") from None
-        if in_place:
-            out = nodes[0]
-            if out is g:
-                raise TypeError(f"{place} changes the gradient, which a rule must leave as it is")
-            assert isinstance(out, Variable)
+        if target is g:
+            raise TypeError(f"{place} changes the gradient, which a rule must leave as it is")
+        if isinstance(target, Variable):
+            out = target
         else:
             variables = [x for x in (*nodes, *options.values()) if isinstance(x, Variable)]
             kinds = {x.kind for x in variables}
@@ -203,7 +229,7 @@ class Tracer(fx.proxy.TracerBase):
         for x in (*nodes, *options.values()):
             if isinstance(x, Number):
                 self.numbers.setdefault(x.text, len(self.numbers))
-        self.lines.append(Line(out, not in_place, word, nodes, options, place))
+        self.lines.append(Line(out, target is None, word, nodes, options, place))
         return Value(out, self)  # type: ignore[arg-type]
 
     def _rms(self, proxy: Value, over: str) -> Value:
@@ -245,7 +271,11 @@ def trace(
 def _name(made: Tracer, rule: Callable[..., None]) -> None:
     """Variables are called as the rule calls them, where it does."""
     rule = inspect.unwrap(rule)
-    tree, first = ast.parse(textwrap.dedent(inspect.getsource(rule))), rule.__code__.co_firstlineno - 1
+    try:
+        source = textwrap.dedent(inspect.getsource(rule))
+    except OSError:  # typed in, or made by exec
+        source = ""
+    tree, first = ast.parse(source), rule.__code__.co_firstlineno - 1
     targets = {
         number + first: node.targets[0].id
         for node in ast.walk(tree)
@@ -267,9 +297,17 @@ def _name(made: Tracer, rule: Callable[..., None]) -> None:
 
 def here() -> Place:
     """The line of a rule that is being carried out."""
+    frame = _frame()
+    return Place(frame.f_code.co_filename, frame.f_lineno)
+
+
+def _frame() -> FrameType:
     frame: FrameType | None = sys._getframe(1)
-    own = (__file__, fx.proxy.__file__)
-    while frame is not None and frame.f_code.co_filename in own:
+    while frame is not None and frame.f_globals["__name__"] in (
+        __name__,
+        "torch.fx.proxy",
+        "minisign.engine.words",
+    ):
         frame = frame.f_back
     assert frame is not None
-    return Place(frame.f_code.co_filename, frame.f_lineno)
+    return frame

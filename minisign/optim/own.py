@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
 from minisign.engine.optimizer import Optimizer, Params
@@ -41,6 +40,8 @@ def optimizer(
             by the values of a tensor (``if``). ValueError: a default outside its bounds, when an optimizer
             is made.
     """
+    if not inspect.isfunction(rule):
+        raise TypeError(f"a rule is a function made by def, got {rule!r}")
     parameters = inspect.signature(rule).parameters.values()
     tensors = [x.name for x in parameters if x.kind is x.POSITIONAL_OR_KEYWORD]
     named = {x.name for x in parameters if x.kind is x.KEYWORD_ONLY}
@@ -56,10 +57,11 @@ def optimizer(
             else f"{rule.__name__} takes {wrong}, which has no default: optimizer(…, {wrong}=…)"
         )  # fmt: skip
     floats = {key: float(x) if isinstance(x, (int, float)) else x for key, x in numbers.items()}
-    with suppress(
-        Untraceable
-    ):  # fused=True will say which line; the plain roads can do all that tensors can
+    try:
         trace(rule, floats, {"step": DOUBLE} if "step" in named else {})
+        is_known = True
+    except Untraceable:  # fused=True will say which line; the plain road can do all that tensors can
+        is_known = False
 
     def init(self: Optimizer, params: Params, **given: Any) -> None:
         own = {key: given.pop(key, default) for key, default in numbers.items()}
@@ -80,6 +82,7 @@ def optimizer(
             "__init__": init,
             "rule": staticmethod(rule),
             "buffers": tuple(buffers),
+            "is_known": is_known,
             "bounds": {key: known.get(key) for key in numbers},
         },
     )
