@@ -32,10 +32,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minisign.doctor.alarm import ACTIONS, Event, UsualLosses, check_counts, worst_ratio
+from minisign.doctor.alarm import ACTIONS, Event, UsualLosses, worst_ratio
 from minisign.doctor.saves import Saves, step_of
 from minisign.doctor.slow import SlowSpell
 from minisign.lab.files import MISFITS, one_line
+from minisign.optim.base import check_counts
 from minisign.probes import Blocks, default_blocks
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from minisign.doctor.alarm import Event, check_counts
+from minisign.doctor.alarm import Event
 from minisign.lab.files import MISFITS, one_line, prepare_out, read_checkpoint, write_json, write_whole
+from minisign.optim.base import check_counts
 
 FORMAT = "minisign guard 1"
 EVENTS = "events.json"

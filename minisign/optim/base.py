@@ -534,6 +534,14 @@ def check_whole(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a whole number, got {value!r}")
 
 
+def check_counts(**counts: Any) -> None:
+    """Of each: a whole number, 1 or more."""
+    for name, count in counts.items():
+        check_whole(name, count)
+        if count < 1:
+            raise ValueError(f"{name} must be 1 or more, got {count}")
+
+
 def check_lr(lr: Any) -> None:
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
