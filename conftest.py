@@ -78,9 +78,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """As many as there are cores that this process may use, and memory."""
-    from minisign.studies.processes import (
-        default_jobs,  # loads torch, which only the one that asks needs yet
-    )
+    from minisign.studies.processes import default_jobs  # loads torch: only the one that asks needs it yet
 
     return default_jobs(MEMORY)
 

@@ -202,7 +202,7 @@ def test_as_many_jobs_as_cores_by_default_and_one_on_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(reproduce_module, "reproduce", lambda *arguments: asked.append(arguments[6]))
+    monkeypatch.setattr(reproduce_module, "reproduce", lambda *_, jobs, **__: asked.append(jobs))
     monkeypatch.setattr("minisign.studies.processes.default_jobs", lambda: 7)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for argv in ([], ["--jobs", "3"], ["--device", "cuda"], ["--device", "cuda", "--jobs", "2"]):

@@ -28,7 +28,7 @@ FLOORS = (
     ("kernels",),
 )
 LEAVES = ("theory", "probes", "plots")  # import nothing of the package but what is in their own room
-HEAVY = ("matplotlib", "tiktoken", "triton", "transformers")
+HEAVY = ("matplotlib", "tiktoken", "triton", "transformers", "rustbpe", "rich")
 # What may be larger, and why. What is here and need not be is a fault, too.
 LARGE = {"theory.py": "every closed form, one after the other: the mathematics stands in one place"}
 # Circles that are known, as their modules, and why.

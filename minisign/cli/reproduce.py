@@ -67,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
     bars: list[Any] = []
     stopped: BaseException | None = None
     try:
-        reproduce(variants, args.form, base, device, args.out, partial(_progress, bars), jobs, finished)
+        progress = partial(_progress, bars)
+        reproduce(variants, args.form, base, device, args.out, progress, jobs=jobs, outcomes=finished)
     except (KeyboardInterrupt, FloatingPointError, OSError) as error:
         stopped = error
     finally:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from minisign.engine.checks import check_counts
 from minisign.probes import BEYOND, Blocks, coming_updates, update_kind
 
 ACTIONS = ("warn", "skip", "slow", "back")
@@ -55,17 +56,6 @@ class Event:
             "let pass": "let pass, after too many in a row for a spike",
         }
         return f"step {self.step}: {what}; {done[self.action]}"
-
-
-def check_counts(**counts: int) -> None:
-    """Raises:
-    TypeError, ValueError: one that is no whole number, or below 1, by its name.
-    """
-    for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, int):
-            raise TypeError(f"{name} must be a whole number, got {count!r}")
-        if count < 1:
-            raise ValueError(f"{name} must be 1 or more, got {count}")
 
 
 class UsualLosses:

@@ -32,9 +32,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minisign.doctor.alarm import ACTIONS, Event, UsualLosses, check_counts, worst_ratio
+from minisign.doctor.alarm import ACTIONS, Event, UsualLosses, worst_ratio
 from minisign.doctor.saves import Saves, step_of
 from minisign.doctor.slow import SlowSpell
+from minisign.engine.checks import check_counts
 from minisign.lab.files import MISFITS, one_line
 from minisign.probes import Blocks, default_blocks
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from minisign.doctor.alarm import Event, check_counts
+from minisign.doctor.alarm import Event
+from minisign.engine.checks import check_counts
 from minisign.lab.files import MISFITS, one_line, prepare_out, read_checkpoint, write_json, write_whole
 
 FORMAT = "minisign guard 1"

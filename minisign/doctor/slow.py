@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minisign.doctor.alarm import check_counts
+from minisign.engine.checks import check_counts
 
 
 class SlowSpell:

@@ -26,6 +26,7 @@ from torch import nn
 
 from minisign import theory
 from minisign.doctor.envelope import Watched, find_watched, may_move_without, measure
+from minisign.engine.checks import check_counts
 from minisign.lab.files import prepare_out
 
 LOG = "embedding_watch.jsonl"
@@ -101,11 +102,7 @@ class EmbeddingWatch:
         folder: str | Path | None = None,
         keep: int = 1000,
     ) -> None:
-        for name, value in (("every", every), ("keep", keep)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be a whole number, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name} must be 1 or more, got {value}")
+        check_counts(every=every, keep=keep)
         self.optimizer, self.every, self.step = optimizer, every, 0
         self._watched = find_watched(model, optimizer)
         self.looks: dict[str, deque[Look]] = {w.name: deque(maxlen=keep) for w in self._watched}

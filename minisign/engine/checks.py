@@ -21,6 +21,14 @@ def check_whole(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a whole number, got {value!r}")
 
 
+def check_counts(**counts: Any) -> None:
+    """Of each: a whole number, 1 or more."""
+    for name, count in counts.items():
+        check_whole(name, count)
+        if count < 1:
+            raise ValueError(f"{name} must be 1 or more, got {count}")
+
+
 def check_bool(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")

@@ -19,6 +19,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
+from minisign.engine.checks import check_counts
+
 MEMORY = 0.8e9  # bytes; a process that trains the main job's model takes two thirds of it
 
 # Where torch has MKL, that has a variable of its own, which wins.
@@ -60,16 +62,6 @@ def _read(path: str) -> str:
         return ""
 
 
-def check_jobs(jobs: Any) -> None:
-    """Raises:
-    TypeError, ValueError: a number of jobs that cannot be.
-    """
-    if isinstance(jobs, bool) or not isinstance(jobs, int):
-        raise TypeError(f"jobs must be a whole number, got {jobs!r}")
-    if jobs < 1:
-        raise ValueError(f"jobs must be 1 or more, got {jobs}")
-
-
 def side_by_side(
     work: Callable[..., Result],
     tasks: Mapping[str, tuple[Any, ...]],
@@ -87,10 +79,10 @@ def side_by_side(
         tasks: by name, the arguments.
 
     Raises:
-        ValueError, TypeError: see :func:`check_jobs`. ChildProcessError: a process died. Whatever ``work``
+        ValueError, TypeError: no jobs. ChildProcessError: a process died. Whatever ``work``
             raises, after the results that are there.
     """
-    check_jobs(jobs)
+    check_counts(jobs=jobs)
     context = get_context("spawn")
     messages = context.SimpleQueue()  # whose messages are here when the result is
     lifeline, held = context.Pipe(duplex=False)

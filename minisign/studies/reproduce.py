@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from minisign import theory
+from minisign.engine.checks import check_counts
 from minisign.lab.build import load_tokens
 from minisign.lab.config import Config
 from minisign.lab.files import prepare_out, write_json, write_whole
@@ -29,7 +30,7 @@ from minisign.lab.jitter import JITTER, natural_number
 from minisign.lab.tokenizer import Tokens
 from minisign.lab.train import Run, train, validation_loss
 from minisign.probes import extremes, frequent_tokens, rare_tokens, row_rms, saturation
-from minisign.studies.processes import check_jobs, side_by_side
+from minisign.studies.processes import side_by_side
 from minisign.studies.variants import VARIANTS, base_config, variant_config
 
 
@@ -181,7 +182,7 @@ def reproduce(
     configs = {name: variant_config(base, name, form) for name in variants}
     if not configs:
         raise ValueError(f"no variants: choose from {', '.join(VARIANTS)}")
-    check_jobs(jobs)
+    check_counts(jobs=jobs)
     tokens = load_tokens(base)
     if out is not None:
         prepare_out(out)
@@ -214,21 +215,24 @@ def reproduce(
 
     tasks = {name: (name, config, tokens, counts, device) for name, config in configs.items()}
     outcomes = {} if outcomes is None else outcomes
-    out_at_end = out
+    pictures = out  # where to
     try:
         with closing(side_by_side(_outcome, tasks, jobs, hear) if jobs > 1 else one_by_one()) as coming:
             for name, outcome in coming:
                 outcomes[name] = outcome
                 if out is not None:
                     write_results(out, about, _in_order(outcomes, configs))
+    except KeyboardInterrupt:  # the last outcome may not have been written yet
+        if out is not None and outcomes:
+            write_results(out, about, _in_order(outcomes, configs))
+        raise
     except OSError as error:  # a folder that takes no results takes no pictures
         if not isinstance(error, ChildProcessError):
-            out_at_end = None
+            pictures = None
         raise
     finally:
-        if out_at_end is not None and outcomes:
-            write_results(out_at_end, about, _in_order(outcomes, configs))  # Ctrl-C may have come before
-            write_pictures(out_at_end, _in_order(outcomes, configs), counts, form)
+        if pictures is not None and outcomes:
+            write_pictures(pictures, _in_order(outcomes, configs), counts, form)
     return _in_order(outcomes, configs)
 
 
