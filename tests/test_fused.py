@@ -656,6 +656,7 @@ types = dict(f="float32", b="bfloat16", h="float16")
 own = dict(lr=0.1, weight_decay=0.1)
 rules = dict(
     lion=(Lion, dict(own, beta1=0.9, beta2=0.99), {}),
+    sought=(Lion, dict(own, beta1=0.9, beta2=0.99), dict(sought=True)),
     tiger=(Tiger, dict(own, beta=0.9, scale="rms"), dict(guard=True)),
     rows=(Tiger, dict(own, beta=0.9, scale="row_rms"), dict(guard=True)),
     adamw=(AdamW, dict(own, beta1=0.9, beta2=0.999, eps=1e-8), dict(rounded=True)),
@@ -664,7 +665,7 @@ out = []
 for name, kinds, which, aligned, look in json.loads(sys.argv[1]):
     cls, numbers, form = rules[name]
     program = program_of(Part(cls.rule, tuple(numbers.items()), cls.own), cls.counts)
-    form = Form(tuple(types[k] for k in kinds), which is not None, which == "list", **form)
+    form = Form(tuple(types[k] for k in kinds), which, **form)
     made = gpu.constants(program, form, 20, aligned)
     options = {x: made.pop(x) for x in ("num_warps", "enable_fp_fusion")}
     made = {**made, "LOOK": look}
@@ -678,16 +679,17 @@ for name, kinds, which, aligned, look in json.loads(sys.argv[1]):
 print(json.dumps(out))
 """
 VARIANTS = [
-    ("lion", "fff", None, True, False),
-    ("lion", "fff", None, False, False),
-    ("lion", "bbb", None, True, False),
-    ("lion", "fhb", None, True, False),
-    ("tiger", "fff", None, True, False),
-    ("tiger", "fff", None, True, True),
-    ("adamw", "bbf", None, True, False),
+    ("lion", "fff", "", True, False),
+    ("lion", "fff", "", False, False),
+    ("lion", "bbb", "", True, False),
+    ("lion", "fhb", "", True, False),
+    ("tiger", "fff", "", True, False),
+    ("tiger", "fff", "", True, True),
+    ("adamw", "bbf", "", True, False),
     ("rows", "fff", "all", True, False),
-    ("rows", "bbb", "mask", True, False),
-    ("adamw", "fff", "list", True, False),
+    ("rows", "bbb", "masked", True, False),
+    ("adamw", "fff", "listed", True, False),
+    ("sought", "ffb", "all", True, False),
 ]
 
 
@@ -731,7 +733,7 @@ def test_ptx_arithmetic(ptx: dict[Any, str], variant: Any) -> None:
     assert "div.approx" not in code
     assert "sqrt.approx" not in code
     assert not [x for x in code.splitlines() if ".bf16" in x and "cvt.rz" in x]
-    if variant == ("lion", "fff", None, True, False):
+    if variant == ("lion", "fff", "", True, False):
         # 8 entries a thread, full and masked block, two interpolations and a step each, and nothing else.
         assert code.count("fma.rn.f32") == 3 * 2 * 8
 

@@ -13,7 +13,7 @@ from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from operator import attrgetter, is_
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -103,17 +103,21 @@ def step(optimizer: Owner, group: Group, found: Plan | list[Work]) -> list[Work]
     """One step on what the kernels can take; the others are returned."""
     cache, numbers = optimizer.cache(id(group)), numbers_of(optimizer, group)
     plan = found if isinstance(found, Plan) else _plan(optimizer, group, numbers, found)
-    cache["plan"] = plan if plan.reusable else None
+    cache["plan"] = plan if plan.signature else None
     found_inf = getattr(optimizer, "found_inf", None)
-    for number, (part, launch, members) in enumerate(plan.jobs):
+    for number, (part, launch, _) in enumerate(plan.jobs):
         if isinstance(found, Plan):  # the same tensors, at a rate that may be another
             part = part._replace(numbers=tuple((name, numbers.get(name, x)) for name, x in part.numbers))
         _run(optimizer, group, part, launch, cache.setdefault(number, {}))
-        for work in members if not plan.reusable else ():
+    if not isinstance(found, Plan):
+        for work in found:
             if work.taken is not None:
                 work.state["taken"] = work.taken
-            if group["lazy"] == "ids":
-                forget_rows(work.parameter, unless=found_inf)
+    if group["lazy"] == "ids":
+        left = {id(work.parameter) for work in plan.left}
+        for p in group["params"]:
+            if p.grad is not None and id(p) not in left:
+                forget_rows(p, unless=found_inf)
     return [] if found_inf is not None and plan.left and found_inf.item() else plan.left
 
 
@@ -137,35 +141,28 @@ def _run(optimizer: Owner, group: Group, part: Part, launch: Launch, cache: dict
 
 @dataclass
 class Plan:
-    """The launches of a group, and what they were made from."""
+    """The launches of a group, and what they were made from.
 
-    jobs: list[tuple[Part, Launch, Any]]  # the last: the works; of a reusable plan, which parameters
+    Attributes:
+        jobs: what tensors have in common, their launch, and their places in the group.
+        own: the states of the group's parameters, in its order.
+        signature: all that the launches follow from but the gradients; none: not for another step.
+    """
+
+    jobs: list[tuple[Part, Launch, list[int]]]
     left: list[Work]
-    params: list[Tensor]
-    reusable: bool  # without gradients of its own in it, for the next step
-    made_for: tuple[Any, ...]
-    state: list[Group]  # of all parameters of the optimizer
-    own: list[Group]  # of the group's
-    tensors: list[Any]  # what they hold
-    places: list[Any]
-    shapes: list[torch.Size]
+    own: list[Group]
+    signature: list[Any]
 
     def fits(self, optimizer: Owner, group: Group) -> bool:
         """Whether nothing but gradients has moved; where they are now is in the launches then."""
-        params, state = group["params"], optimizer.state
-        if not self.reusable or self.made_for != _made_for(optimizer, group):
+        if not self.signature or self.signature != _signature(optimizer, group, self.own):
             return False
-        if len(params) != len(self.params) or not all(map(is_, params, self.params)):
-            return False
-        if len(state) != len(self.state) or not all(map(is_, state.values(), self.state)):
-            return False
-        tensors = _tensors(optimizer, self.own)
-        if not all(map(is_, tensors, self.tensors)) or self.places != _places(params, tensors):
-            return False
+        params = group["params"]
         gs = list(map(_GRADIENT, params))
         if type(None) in set(map(type, gs)) or set(map(_LAYOUT, gs)) != {torch.strided}:
             return False
-        if self.shapes != list(map(_SHAPE, gs)) or not all(map(_CONTIGUOUS, gs)):
+        if list(map(_SHAPE, gs)) != list(map(_SHAPE, params)) or not all(map(_CONTIGUOUS, gs)):
             return False
         for _, launch, members in self.jobs:
             mine = gs if len(members) == len(gs) else [gs[i] for i in members]
@@ -177,66 +174,57 @@ class Plan:
 
 # In C: of many small tensors, asking takes longer than moving.
 _GRADIENT, _SHAPE, _LAYOUT, _DTYPE = map(attrgetter, ("grad", "shape", "layout", "dtype"))
-_PLACE, _SIZE, _CONTIGUOUS = Tensor.data_ptr, Tensor.numel, Tensor.is_contiguous
+_PLACE, _CONTIGUOUS = Tensor.data_ptr, Tensor.is_contiguous
 
 
-def _made_for(optimizer: Owner, group: Group) -> tuple[Any, ...]:
-    """What decides who goes where, beside the tensors."""
+def _signature(optimizer: Owner, group: Group, own: list[Group]) -> list[Any]:
     options = ("lazy", "lazy_momentum", "fused", "seed", "stochastic_rounding", "accumulate")
     words = (group[name] for name in optimizer.bounds if isinstance(group[name], (str, Tensor)))
-    guard = group["shrink"] is not None, getattr(optimizer, "found_inf", None) is None
-    return (*(group[name] for name in options), *words, *guard)
-
-
-def _tensors(optimizer: Owner, states: list[Group]) -> list[Any]:
-    """What the states hold, in the same order as long as they hold the same."""
-    names = (*optimizer.buffers, "step") if "step" in states[0] else optimizer.buffers
-    return [x for name in names for x in map(dict.get, states, repeat(name))]
-
-
-def _places(params: list[Tensor], tensors: list[Any]) -> list[Any]:
-    """Where they lie, and how large and in one piece those are that a user may replace in place."""
+    params, states, names = group["params"], optimizer.state.values(), optimizer.buffers
+    tensors = [x for name in (*names, "step") for x in map(dict.get, own, repeat(name)) if x is not None]
     if not all(issubclass(kind, Tensor) for kind in set(map(type, tensors))):
         return []  # a counter may be a plain number, until it is looked at
-    return [*map(_PLACE, params), *map(_SIZE, params), *map(_CONTIGUOUS, params), *map(_PLACE, tensors)]
+    masks = [recorded_rows(p) for p in params] if group["lazy"] == "ids" else []
+    places = params + tensors + masks  # of which a user may replace some in place
+    return [
+        *(group[name] for name in options), group["shrink"] is None,
+        getattr(optimizer, "found_inf", None) is None, *(x if isinstance(x, str) else id(x) for x in words),
+        *map(id, params), *map(id, states), *map(id, tensors),
+        *map(_PLACE, places), *map(_SHAPE, places), *map(_CONTIGUOUS, places),
+    ]  # fmt: skip
 
 
 def _plan(optimizer: Owner, group: Group, numbers: Group, works: list[Work]) -> Plan:
     params: list[Tensor] = list(group["params"])
+    places = {id(p): i for i, p in enumerate(params)}
     left: list[Work] = []
-    parts: dict[Part, list[tuple[Item, Work]]] = {}
+    parts: dict[Part, list[tuple[Item, int]]] = {}
     taken: list[tuple[int, int]] = []
     for p in params:
         if p.is_cuda and p.grad is None and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"a CUDA graph must see all gradients, and the parameter of shape {tuple(p.shape)} has none"
             )
+    # Of micro-batches, what is left of a momentum is a tensor's own; and what autograd, or a user, gives
+    # in another form than a parameter's lies elsewhere at each step.
+    reusable = len(works) == len(params) and group["accumulate"] == 1 and not group["release_grads"]
     for work in works:
         found = _item(optimizer, group, numbers, work)
         if found is None or _overlaps(found[1], taken):
             left.append(work)
         else:
-            parts.setdefault(found[0], []).append((found[1], work))
+            parts.setdefault(found[0], []).append((found[1], places[id(work.parameter)]))
+            reusable &= (
+                work.p is work.parameter and work.p.is_contiguous() and work.g.layout == torch.strided
+            )
     guard = bool(works) and works[0].guard is not None and getattr(optimizer, "found_inf", None) is None
-    jobs: list[tuple[Part, Launch, Any]] = [
+    jobs = [
         (part, launch, members)
         for part, pairs in parts.items()
         for launch, members in launches(pairs, guard, group["stochastic_rounding"])
     ]
-    # Of micro-batches, what is left of a momentum is a tensor's own; of lazy steps, the rows are.
-    reusable = bool(params) and len(works) == len(params) and not left and group["accumulate"] == 1
-    reusable = reusable and not group["release_grads"] and all(
-        work.p is work.parameter and work.p.is_contiguous() and not item.by_rows
-        for pairs in parts.values() for item, work in pairs
-    )  # fmt: skip
-    if not reusable:
-        return Plan(jobs, left, params, False, (), [], [], [], [], [])
-    index = {id(p): i for i, p in enumerate(params)}
-    jobs = [(part, launch, [index[id(work.p)] for work in members]) for part, launch, members in jobs]
-    own = [optimizer.state[p] for p in params]
-    tensors, states = _tensors(optimizer, own), list(optimizer.state.values())
-    places, shapes = _places(params, tensors), list(map(_SHAPE, params))
-    return Plan(jobs, left, params, True, _made_for(optimizer, group), states, own, tensors, places, shapes)
+    own = [optimizer.state[p] for p in params] if reusable and not left else []
+    return Plan(jobs, left, own, _signature(optimizer, group, own) if own else [])
 
 
 def _item(optimizer: Owner, group: Group, numbers: Group, work: Work) -> tuple[Part, Item] | None:
@@ -251,14 +239,8 @@ def _item(optimizer: Owner, group: Group, numbers: Group, work: Work) -> tuple[P
     by_rows, rows = lazy or ("row_rms" in words and p.dim() >= 2 and work.rule is not take), None
     if g.layout != torch.strided:
         rows, g = sparse_rows(p, g)
-        if group["lazy"] == "grad":
-            rows = torch.where(_moves(g), rows, -1)
-    elif lazy:
-        mask = recorded_rows(parameter) if group["lazy"] == "ids" else _moves(g)
-        if mask.is_cpu:
-            rows = mask.nonzero()[:, 0]
-        else:  # without waiting for the device to say how many there are
-            rows = torch.where(mask, torch.arange(len(mask), device=mask.device), -1)
+    elif group["lazy"] == "ids":
+        rows = recorded_rows(parameter)
     rounded = group["stochastic_rounding"] and p.dtype == torch.bfloat16
     if not _takes(p, g, work.buffers, by_rows) or (p is not parameter and rounded):
         return None  # a kernel's noise follows from the place in what it is given
@@ -269,6 +251,7 @@ def _item(optimizer: Owner, group: Group, numbers: Group, work: Work) -> tuple[P
     return Part(work.rule, tuple(shared.items()), own), Item(
         p, g, work.buffers, work.state.get("step"),
         noise_of(group["seed"], optimizer.number(parameter)) if rounded else 0, by_rows, rows,
+        sought=group["lazy"] == "grad",
         known=known[0] if known else math.nan, own=tuple(float(work.numbers[name]) for name in own),
     )  # fmt: skip
 
@@ -282,11 +265,6 @@ def _overlaps(item: Item, taken: list[tuple[int, int]]) -> bool:
             return True
         taken.insert(i, (start, end))
     return False
-
-
-def _moves(g: Tensor) -> Tensor:
-    """Mask [V] of the rows with an entry that is not zero (NaN is not)."""
-    return torch.linalg.vector_norm(g, torch.inf, dim=tuple(range(1, g.dim()))) != 0
 
 
 def _takes(p: Tensor, g: Tensor, buffers: Sequence[Tensor], by_rows: bool) -> bool:

@@ -13,6 +13,7 @@ from minisign.engine import fused, halves, released, roads
 from minisign.engine.contract import Owner
 from minisign.engine.lazy import step_rows
 from minisign.engine.options import HOW, Group, Options, check_group, defaults
+from minisign.engine.rows import unite_rows
 from minisign.engine.work import Work, look, numbers_of
 
 Params: TypeAlias = Iterable[Any]
@@ -81,6 +82,9 @@ class Optimizer(Owner):
         if getattr(self, "found_inf", None) is not None and self._leaves_out():
             return loss
         with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
+            for group in self.param_groups:
+                if group["lazy"] == "ids":
+                    unite_rows([p for p in group["params"] if p.grad is not None])
             # All are looked at before anything moves.
             looked: list[Any] = [
                 (group["fused"] and fused.kept(self, group))

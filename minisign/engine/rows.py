@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -100,13 +101,13 @@ def recorded_rows(weight: Tensor) -> Tensor:
     return _tracked(weight).mask[start : start + len(local(weight))]
 
 
-def unite_rows(weight: Tensor) -> None:
+def unite_rows(weights: Iterable[Tensor]) -> None:
     """Counts what other processes have recorded as well."""
-    record = _tracked(weight)
-    for group in record.groups:
-        torch.distributed.all_reduce(
-            record.mask.view(torch.uint8), torch.distributed.ReduceOp.MAX, group=group
-        )
+    for record in map(_tracked, weights):
+        for group in record.groups:
+            torch.distributed.all_reduce(
+                record.mask.view(torch.uint8), torch.distributed.ReduceOp.MAX, group=group
+            )
 
 
 def _tracked(weight: Tensor) -> _Record:

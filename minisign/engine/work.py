@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from minisign.engine import halves
 from minisign.engine.contract import Owner
 from minisign.engine.rounding import Noise, noise_of
-from minisign.engine.rows import unite_rows
 from minisign.engine.shards import ask_all, is_sharded, local
 from minisign.engine.words import Rule
 
@@ -59,10 +58,6 @@ def look(
     )
     if sharded:
         ask_all(optimizer, group)
-    if group["lazy"] == "ids":
-        for p in group["params"]:
-            if p.grad is not None:
-                unite_rows(p)
     numbers, counts = numbers_of(optimizer, group), optimizer.counts or group["stochastic_rounding"]
     guard = None if group["shrink"] is None else Guard(group["shrink"], group["center"])
     works = []

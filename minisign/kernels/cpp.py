@@ -19,14 +19,18 @@ struct Rule {{
   using Tensor = TensorOf<P, G, B, {buffers}, {own}>;
   static_assert(sizeof(Tensor) == 8 * {columns}, "table.py has another");
   static constexpr Size size = {size};
-  static constexpr bool guard = {guard}, rounded = {rounded}, compact = {compact};
+  static constexpr Rows rows = {rows};
+  static constexpr bool sought = {sought}, guard = {guard}, rounded = {rounded};
 
   static void move(const Tensor& T, const Shared& S, int64_t start, int64_t g_start, int64_t N, double step,
                    float size, uint32_t key) {{
     const float unscale = S.unscale;
     {of_all}
-    for (int64_t I = 0; I < N; I++) {{
-      {of_each}
+    for (int64_t J = 0; J < N; J += BLOCK) {{
+      fetch(N - J, {streams});
+      for (int64_t I = J; I < std::min(J + BLOCK, N); I++) {{
+        {of_each}
+      }}
     }}
   }}
 }};
@@ -72,10 +76,12 @@ def write(program: Program, form: Form) -> str:
         columns=len(program.buffers) + 9 + max(1, len(program.own)),
         buffers=len(program.buffers),
         own=max(1, len(program.own)),
-        size=f"OF_{program.size.upper()}" if program.size else "NO",
-        **{name: str(getattr(form, name)).lower() for name in ("guard", "rounded", "compact")},
+        size=f"OF_{program.size.upper()}" if program.size else "OF_NONE",
+        rows=form.rows.upper() or "NONE",
+        **{name: str(getattr(form, name)).lower() for name in ("sought", "guard", "rounded")},
         of_all="\n    ".join(numbers + of_all),
-        of_each="\n      ".join(of_each),
+        of_each="\n        ".join(of_each),
+        streams=", ".join(f"{x} + J" for x in used.values()),
     )
 
 

@@ -59,7 +59,7 @@ def step(program: Program, launch: Launch, call: Call, cache: dict[Any, Any]) ->
         if call.found_inf is not None:  # a step that is not made does not count
             torch._foreach_sub_(launch.steps, [call.found_inf.reshape(())] * len(launch.steps))
     lines, width, buffers = launch.table, launch.width, len(program.buffers)
-    addresses = [*range(buffers + 2), *([buffers + 5] if launch.form.by_rows else [])]
+    addresses = [*range(buffers + 2), *([buffers + 5] if launch.form.rows else [])]
     odd = {i // width for c in addresses for i in range(c, len(lines), width) if lines[i] % 16}
     for aligned in (True, False):
         chosen = [i for i in range(launch.count) if (i not in odd) == aligned]
@@ -90,7 +90,7 @@ def _launch(
     kernel = words.step[(len(table.owners),)]
     made = constants(program, form, launch.width, aligned)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        if form.guard or (program.size == "tensor" and not form.by_rows):
+        if form.guard or (program.size == "tensor" and not form.rows):
             table.squares.zero_()
             table.bad.zero_()
             kernel(*arguments, **made, LOOK=True)
@@ -105,8 +105,8 @@ def constants(program: Program, form: Form, columns: int, aligned: bool) -> dict
         columns,
         program.size,
         form.guard,
-        form.by_rows,
-        form.compact,
+        form.rows,
+        form.sought,
         aligned,
         words.BLOCK,
     )
@@ -124,9 +124,9 @@ def numbers_of(call: Call) -> words.Numbers:
 
 def _table(program: Program, launch: Launch, lines: array[int], cache: dict[Any, Any]) -> Table:
     """These lines on the device; sent anew only where an address is another one."""
-    device, width, by_rows = launch.device, launch.width, launch.form.by_rows
+    device, width, rows = launch.device, launch.width, launch.form.rows
     tables: OrderedDict[Any, Table] = cache.setdefault("tables", OrderedDict())
-    key = (by_rows, device, lines.tobytes())
+    key = (rows, device, lines.tobytes())
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if key not in tables:
         if capturing:
@@ -136,7 +136,7 @@ def _table(program: Program, launch: Launch, lines: array[int], cache: dict[Any,
             )
         columns, buffers = torch.tensor(lines, dtype=torch.int64), len(program.buffers)
         sizes = columns[buffers + 3 :: width]
-        counts = columns[buffers + 6 :: width] if by_rows else -(-sizes // words.BLOCK)
+        counts = columns[buffers + 6 :: width] if rows else -(-sizes // words.BLOCK)
         n = len(counts)
         tables[key] = Table(
             columns=_send(columns, device),

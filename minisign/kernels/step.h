@@ -18,8 +18,10 @@
 
 namespace {
 
-enum Size { NO, OF_TENSOR, OF_ROW };    // whose RMS a rule asks for
-constexpr int64_t PART = 1 << 15;       // entries that are worth a thread
+enum Size { OF_NONE, OF_TENSOR, OF_ROW };   // whose RMS a rule asks for
+enum Rows { NONE, ALL, LISTED, MASKED };    // which move; NONE: it does not go by rows
+constexpr int64_t PART = 1 << 15;           // entries that are worth a thread
+constexpr int64_t BLOCK = 64, AHEAD = 512;  // entries: while a block is computed, the memory sends one further on
 
 // What all tensors of a call share; mirrored in cpu.py.
 struct Shared {
@@ -40,10 +42,19 @@ struct TensorOf {
   int64_t size;         // entries
   int64_t noise;        // from which its roundings at random follow
   int64_t width;        // of a row; 0: not by rows
-  int64_t count;        // of rows
-  const int64_t* rows;  // which; null: all
+  int64_t count;        // of rows that the gradient has
+  const void* rows;     // int64_t each, a list; or bool each, a mask
   double known;         // its RMS, if it is not to be looked for; else NaN
   double own[OWN];      // the rule's numbers that are its own
+
+  // Has the memory send the beginning of what comes next.
+  void fetch(int64_t start, int64_t g_start, int64_t n) const {
+    for (int64_t i = 0; i < std::min(n, AHEAD); i += 16) {
+      __builtin_prefetch(p + start + i);
+      __builtin_prefetch(g + g_start + i);
+      for (int j = 0; j < BUFFERS; j++) __builtin_prefetch(b[j] + start + i);
+    }
+  }
 };
 
 // --- words -----------------------------------------------------------------------------------------
@@ -100,6 +111,13 @@ inline void store(T* target, float x, int64_t i, uint32_t key) {
   }
 }
 
+// A processor fetches ahead by itself, but not beyond the end of a page, and less well the more arrays there are.
+template <class... T>
+inline void fetch(int64_t left, const T*... x) {
+  if (left <= AHEAD) return;
+  for (int64_t i = AHEAD; i < AHEAD + BLOCK; i += 16) (__builtin_prefetch(x + i), ...);
+}
+
 // --- looks: what must be known of a tensor before one entry of it moves ------------------------------
 
 template <class T>
@@ -140,6 +158,16 @@ bool some_not_finite(const T* x, int64_t n) {
   for (int64_t i = 0; i < quarter; i += 64)
     for (int64_t k = 0; k < 4; k++) bad |= not_finite(x + k * quarter + i, std::min<int64_t>(64, quarter - i));
   return bad;
+}
+
+template <class T>
+bool some_not_zero(const T* x, int64_t n) {  // NaN is not
+  int found = 0;
+  for (int64_t i = 0; i < n; i += BLOCK) {
+    fetch(INT64_MAX, x + i);  // the next row, too
+    for (int64_t j = i; j < std::min(i + BLOCK, n); j++) found |= float(x[j]) != 0;
+  }
+  return found;
 }
 
 // --- one tensor --------------------------------------------------------------------------------------
@@ -183,36 +211,33 @@ struct Step {
     in_parts(t.size, PART, [&](int64_t, int64_t start, int64_t n) { span(!bad, size, start, start, n); });
   }
 
-  // Reads a byte here and there. Rows lie on pages of their own, and a page that was not used lately is slow to
-  // find: with eight rows at a time the processor looks for several at once.
-  template <class T>
-  void visit(const T* row) const {
-    const volatile char* bytes = reinterpret_cast<const char*>(row);
-    for (int64_t i = 0; i < t.width * int64_t(sizeof(T)); i += 2048) (void)bytes[i];
+  // A row of the gradient as a part is of a tensor: n rows from `first` on.
+  template <class Body>
+  void in_rows(int64_t count, Body body) const {
+    in_parts(count, std::max<int64_t>(8, PART / std::max<int64_t>(t.width, 1)),
+             [&](int64_t, int64_t first, int64_t n) { for (int64_t j = first; j < first + n; j++) body(j, j + 1 < first + n); });
   }
 
   void by_rows() const {
-    const auto row = [&](int64_t j) { return (t.rows ? t.rows[j] : j) * t.width; };
-    const auto g_row = [&](int64_t j) { return Rule::compact ? j * t.width : row(j); };
-    const int64_t part = std::max<int64_t>(8, PART / std::max<int64_t>(t.width, 1));
+    const auto row = [&](int64_t j) { return Rule::rows == LISTED ? static_cast<const int64_t*>(t.rows)[j] : j; };
+    std::vector<char> chosen(t.count, 1);
+    if (Rule::rows == MASKED) std::copy_n(static_cast<const bool*>(t.rows), t.count, chosen.begin());
+    if (Rule::sought) in_rows(t.count, [&](int64_t j, bool) { chosen[j] &= some_not_zero(t.g + j * t.width, t.width); });
+    std::vector<int64_t> moving;
+    for (int64_t j = 0; j < t.count; j++)
+      if (chosen[j]) moving.push_back(j);
     int bad = 0;
     if (Rule::guard) {
-      std::vector<char> found(t.count);
-      in_parts(t.count, part, [&](int64_t, int64_t first, int64_t n) {
-        for (int64_t j = first; j < first + n; j++) found[j] = some_not_finite(t.g + g_row(j), t.width);
-      });
+      std::vector<char> found(moving.size());
+      in_rows(moving.size(), [&](int64_t k, bool) { found[k] = some_not_finite(t.g + moving[k] * t.width, t.width); });
       for (char x : found) bad |= x;
     }
-    in_parts(t.count, part, [&](int64_t, int64_t first, int64_t n) {
-      for (int64_t j = first; j < first + n; j++) {
-        for (int64_t k = j; t.rows && (j - first) % 8 == 0 && k < std::min(j + 8, first + n); k++) {
-          visit(t.p + row(k));
-          if constexpr (Rule::Tensor::buffers > 0) visit(t.b[0] + row(k));
-        }
-        float size = float(t.known);
-        if (Rule::size == OF_ROW && size != size && !bad) size = rms(sum_of_squares(t.p + row(j), t.width), t.width);
-        span(!bad, size, row(j), g_row(j), t.width);
-      }
+    in_rows(moving.size(), [&](int64_t k, bool more) {
+      const int64_t start = row(moving[k]) * t.width;
+      if (more) t.fetch(row(moving[k + 1]) * t.width, moving[k + 1] * t.width, t.width);
+      float size = float(t.known);
+      if (Rule::size == OF_ROW && size != size && !bad) size = rms(sum_of_squares(t.p + start, t.width), t.width);
+      span(!bad, size, start, moving[k] * t.width, t.width);
     });
   }
 };
@@ -221,9 +246,10 @@ template <class Rule>
 void run(const Shared& s, const typename Rule::Tensor* tensors, int64_t count) {
   for (int64_t i = 0; i < count; i++) {
     const auto& t = tensors[i];
+    if (i + 1 < count) tensors[i + 1].fetch(0, 0, tensors[i + 1].size);
     const double number = t.step ? double(*t.step += 1) : 0;
     const Step<Rule> step{s, t, number, mix(uint32_t(t.noise) + uint32_t(number))};
-    t.width ? step.by_rows() : step.whole();
+    Rule::rows ? step.by_rows() : step.whole();
   }
 }
 

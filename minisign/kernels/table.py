@@ -28,14 +28,16 @@ class Form(NamedTuple):
 
     Attributes:
         types: of p, g and the buffers.
-        by_rows: it goes row by row. compact: the gradient has the moving rows only, in their order.
+        rows: it goes row by row, through "all" of them, those "listed" (the gradient has no others), or
+            those that are "masked"; "": it does not.
+        sought: rows whose gradient is all zero stay.
         guard: where a gradient is not finite, the parameter shrinks and no more.
         rounded: bfloat16 parameters are rounded at random.
     """
 
     types: tuple[str, str, str] = ("float32",) * 3
-    by_rows: bool = False
-    compact: bool = False
+    rows: str = ""
+    sought: bool = False
     guard: bool = False
     rounded: bool = False
 
@@ -44,19 +46,21 @@ class Item(NamedTuple):
     """One tensor of a launch."""
 
     p: Tensor
-    g: Tensor  # as p, or its moving rows; p itself where the rule does not read it
+    g: Tensor  # as p, or the rows that are listed; p itself where the rule does not read it
     buffers: list[Tensor]
     step: Tensor | None = None  # float32, counts this step's predecessors
     noise: int = 0  # from which its roundings at random follow
     by_rows: bool = False
-    rows: Tensor | None = None  # int64, those that move, −1 for none; None: all of them
+    rows: Tensor | None = None  # a list, int64; or a mask of all, bool
+    sought: bool = False  # rows whose gradient is all zero stay
     known: float = math.nan  # its RMS, if it is not to be looked for
     own: tuple[float, ...] = ()  # numbers of the rule that are its own
 
     def form(self, guard: bool, rounded: bool) -> Form:
         p, g, b = (TYPES[x.dtype] for x in (self.p, self.g, *(self.buffers or [self.p])[:1]))
-        compact = self.rows is not None and self.g.shape != self.p.shape
-        return Form((p, g, b), self.by_rows, compact, guard, rounded and p == "bfloat16")
+        kind = "all" if self.rows is None else "masked" if self.rows.dtype == torch.bool else "listed"
+        kind = kind if self.by_rows else ""
+        return Form((p, g, b), kind, self.sought, guard, rounded and p == "bfloat16")
 
     @property
     def width(self) -> int:

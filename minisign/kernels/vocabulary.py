@@ -64,9 +64,10 @@ SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/", "pow": "**"} | {
 # No variable of a kernel is called so: what the writers and the languages need themselves.
 RESERVED = frozenset(
     "abs_of chosen divided exp_of float_of fma inverse_of larger_of lerp log_of not_of power_of sign_of "
-    "smaller_of sqrt_of store tanh_of B G I N P S T key line mask move numbers size step tl unscale finite "
-    "and auto bool break case catch char class const continue default delete do double else enum explicit "
-    "export extern false float for friend goto if inline int long mutable namespace new not operator or "
-    "private protected public register return short signed sizeof static struct switch template this throw "
-    "true try typedef typename union unsigned using virtual void volatile while".split()
+    "smaller_of sqrt_of store tanh_of fetch B G I J N P S T key line mask move numbers size step tl "
+    "unscale finite and auto bool break case catch char class const continue default delete do double "
+    "else enum explicit export extern false float for friend goto if inline int long mutable namespace "
+    "new not operator or private protected public register return short signed sizeof static struct "
+    "switch template this throw true try typedef typename union unsigned using virtual void volatile "
+    "while".split()
 )

@@ -46,8 +46,8 @@ class Shape(NamedTuple):
     columns: int  # of a line
     size: str  # whose RMS is asked for: "tensor", "row" or ""
     guard: bool
-    by_rows: bool
-    compact: bool
+    rows: str  # of a Form, as is
+    sought: bool
     aligned: bool  # the host has looked: loads and stores of 16 bytes
     block: int
 
@@ -200,6 +200,25 @@ def look(
 
 
 @triton.jit
+def squares_of_row(line, start, n, P: tl.constexpr, SHAPE: tl.constexpr):
+    found = tl.full([], 0.0, tl.float64)
+    for first in range(0, n, SHAPE.block):
+        k = first + tl.arange(0, SHAPE.block)
+        found += squares_of(load(pointer(line, 0, P, SHAPE), start + k, k < n, True))
+    return found
+
+
+@triton.jit
+def some_not_zero(line, start, n, G: tl.constexpr, SHAPE: tl.constexpr):
+    found = tl.full([], 0, tl.int32)
+    for first in range(0, n, SHAPE.block):
+        k = first + tl.arange(0, SHAPE.block)
+        g = load(pointer(line, 1, G, SHAPE), start + k, k < n, True)
+        found |= tl.max((g != 0).to(tl.int32), axis=0)  # NaN is not
+    return found != 0
+
+
+@triton.jit
 def size_of(squares, count, line, SHAPE: tl.constexpr):
     """The RMS, or what the table says in its place."""
     known = tl.load(line + SHAPE.buffers + 8).to(tl.float64, bitcast=True)
@@ -236,26 +255,26 @@ def step(
     size = tl.load(line + SHAPE.buffers + 3)
     place = (program - tl.load(firsts + owner)).to(tl.int64)  # beyond 2³¹ entries too
     moves = tl.load(found_inf) == 0
-    if SHAPE.by_rows:
+    if SHAPE.rows != "":
         n = tl.load(line + SHAPE.buffers + 5)
         if SHAPE.aligned:
             n = tl.multiple_of(n, 16)
-        rows = tl.load(line + SHAPE.buffers + 7)
-        row = place
-        if rows != 0:
-            row = tl.load(rows.to(tl.pointer_type(tl.int64)) + place)
-        moves = moves & (row >= 0)
-        start, g_start = row * n, (place if SHAPE.compact else row) * n
+        start, g_start = place * n, place * n
+        if SHAPE.rows == "listed":
+            start = tl.load(tl.load(line + SHAPE.buffers + 7).to(tl.pointer_type(tl.int64)) + place) * n
+        if SHAPE.rows == "masked":
+            moves = moves & (
+                tl.load(tl.load(line + SHAPE.buffers + 7).to(tl.pointer_type(tl.int8)) + place) != 0
+            )
+        if SHAPE.sought:
+            moves = moves & some_not_zero(line, g_start, n, G, SHAPE)
     else:
         start, g_start = place * SHAPE.block, place * SHAPE.block
         n = tl.minimum(size - start, SHAPE.block)
     if moves:
         found, count = tl.load(squares + owner), size
         if SHAPE.size == "row" and not LOOK:
-            found, count = tl.full([], 0.0, tl.float64), n
-            for first in range(0, n, SHAPE.block):
-                k = first + tl.arange(0, SHAPE.block)
-                found += squares_of(load(pointer(line, 0, P, SHAPE), start + k, k < n, True))
+            found, count = squares_of_row(line, start, n, P, SHAPE), n
         rms, finite, number = (
             size_of(found, count, line, SHAPE),
             tl.load(bad + owner) == 0,
