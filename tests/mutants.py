@@ -422,9 +422,31 @@ MUTANTS = (
     Mutant(
         "32-bit offsets",
         "minisign/kernels/step.h",
-        "return (t.rows ? t.rows[j] : j) * t.width; };",
-        "return ((t.rows ? t.rows[j] : j) * t.width) & 0x7fffffff; };",
+        "const int64_t start = row(moving[k]) * t.width;",
+        "const int64_t start = (row(moving[k]) * t.width) & 0x7fffffff;",
         FUSED + "test_beyond_two_to_the_31",
+    ),
+    Mutant(
+        "rows that were not looked up move in a kernel",
+        "minisign/kernels/step.h",
+        "if (Rule::rows == MASKED)",
+        "if (false)",
+        FUSED + "test_a_plan_of_lazy_rows_follows_them",
+    ),
+    Mutant(
+        "rows without a gradient move in a kernel",
+        "minisign/kernels/step.h",
+        "if (Rule::sought)",
+        "if (false)",
+        FUSED + "test_a_plan_of_lazy_rows_follows_them",
+        "17_your_own_optimizer",
+    ),
+    Mutant(
+        "rows that take part never forgotten",
+        "minisign/engine/fused.py",
+        "                forget_rows(p, unless=found_inf)\n",
+        "                pass\n",
+        FUSED + "test_a_plan_of_lazy_rows_follows_them",
     ),
     Mutant(
         "noise that is always zero",
@@ -492,6 +514,13 @@ MUTANTS = (
         "",
         FUSED + "test_a_plan_is_remade_when_anything_moves",
         "14_fused_kernels",
+    ),
+    Mutant(
+        "a plan that does not see where the weights lie",
+        "minisign/engine/fused.py",
+        "*map(_PLACE, places), ",
+        "",
+        FUSED + "test_a_plan_is_remade_when_anything_moves",
     ),
     Mutant(
         "gradients kept by a plan",

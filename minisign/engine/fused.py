@@ -45,8 +45,7 @@ class Part(NamedTuple):
 
 
 def check(optimizer: Owner, group: Group) -> None:
-    """Raises RuntimeError where a back end is not to be had, or the kernels do not know what the rule
-    does."""
+    """Raises RuntimeError where there is no back end, or the kernels do not know what the rule does."""
     for device in {p.device for p in group["params"]}:
         kernels.backend(group["fused"], device)
     part = Part(optimizer.rule, tuple(numbers_of(optimizer, group).items()), optimizer.own)

@@ -8,9 +8,9 @@ first m keeps ``keep`` of itself, at the others all of it, each adds weight/k ·
 k-th. A gradient can be taken, and freed, within ``backward``; and where one is not finite, it can be left
 out: m stays, and θ shrinks, θ ← (θ − c) s + c (Jianlin Su, kexue.fm/archives/9512).
 
-The halves are found by trying: what a rule does to m = 1 and g = 0 is ``keep``, what it does to m = 0 and g
-= 1 is ``weight``, and the second half is the rule on a momentum that nothing changes in place. Each half is
-a rule again, and goes every road.
+The halves are found by trying: what a rule does to m = 1 and g = 0 is ``keep``, what it does to m = 0
+and g = 1 is ``weight``, and the second half is the rule on a momentum that nothing changes in place. Each
+half is a rule again, and goes every road.
 """
 
 from __future__ import annotations
@@ -92,8 +92,7 @@ def due(
     group: Mapping[str, Any],
     numbers: Mapping[str, Any],
 ) -> tuple[Rule, dict[str, Any], int | None]:
-    """What of a rule is due at this micro-batch, its numbers, and what the state is to note as taken
-    then."""
+    """What of a rule is due at this micro-batch, its numbers, and what the state will note as taken."""
     keep, weight = keep_and_weight(rule, numbers)
     last, taken, before = is_last(group), None, state.get("taken", 0)
     if not (group["lazy"] or g.is_sparse):  # rows remember by themselves
@@ -105,9 +104,7 @@ def due(
 def why_not_linear(rule: Rule, buffers: int, numbers: Mapping[str, Any]) -> str:
     """What a rule does that no linear one does; "" if there is nothing."""
     if buffers != 1 or "step" in numbers:
-        return (
-            f"has {buffers} buffers and counts its steps" if "step" in numbers else f"has {buffers} buffers"
-        )
+        return f"has {buffers} buffers{' and counts its steps' if 'step' in numbers else ''}"
     random = torch.Generator().manual_seed(0)
     sizes = torch.logspace(-6, 6, 13, dtype=torch.float64).unsqueeze(1)
     p, g, m = (torch.randn(13, 16, dtype=torch.float64, generator=random) for _ in range(3))
@@ -125,8 +122,7 @@ def why_not_linear(rule: Rule, buffers: int, numbers: Mapping[str, Any]) -> str:
 
 
 def left(rule: Rule, buffers: int, numbers: Mapping[str, Any]) -> list[float]:
-    """What a step without a gradient leaves of each buffer of a rule, linear or not: of each alone, at
-    1."""
+    """What a step without a gradient leaves of each buffer of a rule, linear or not: each at 1, alone."""
     host = _on_host(numbers) | ({"step": 1.0} if "step" in numbers else {})
     eye = torch.eye(buffers, dtype=torch.float64).unsqueeze(-1)  # [buffers, the one at 1, 1]
     values = [Tensors([x.clone()]) for x in (torch.zeros_like(eye[0]), torch.zeros_like(eye[0]), *eye)]

@@ -1,5 +1,4 @@
-"""A list of tensors that acts as one: torch's multi-tensor operations under the names of a tensor's
-methods."""
+"""A list of tensors that acts as one: torch's words for lists, called as its methods are."""
 
 from __future__ import annotations
 
@@ -51,23 +50,17 @@ class Tensors:
         if together is None or shaped or torch.is_grad_enabled():  # no such word for lists, or no gradient
             done = self._each(lambda x, *own: getattr(x, name)(*own, **factors), self, *arguments)
             return self if in_place else done
-        done = together(
-            self.tensors, *(x.tensors if isinstance(x, Tensors) else x for x in arguments), **factors
-        )
+        lists = (x.tensors if isinstance(x, Tensors) else x for x in arguments)
+        done = together(self.tensors, *lists, **factors)
         return self if in_place else Tensors(done)
 
     def _with_factor(self, name: str, factor: Any, y: Any, *z: Any) -> Tensors:
         """x + αy, x − αy, x + αyz, x + αy/z."""
-        word, in_place = name.strip("_"), "_" if name.endswith("_") else ""
+        word, do = name.strip("_"), Tensor.addcmul_ if name.endswith("_") else Tensor.addcmul
         if z:
             y = y * z[0] if word == "addcmul" else y / z[0]
-        done = self._each(
-            lambda x, *own: getattr(x, f"addcmul{in_place}")(*own),
-            self,
-            y,
-            -factor if word == "sub" else factor,
-        )
-        return self if in_place else done
+        done = self._each(do, self, y, -factor if word == "sub" else factor)
+        return self if do is Tensor.addcmul_ else done
 
     @staticmethod
     def _each(function: Callable[..., Tensor], *arguments: Any) -> Tensors:
@@ -87,30 +80,13 @@ class Tensors:
 
 
 def _signs() -> None:
-    """Python's signs."""
+    """Python's signs. Those that torch has no word for on lists are done to each by itself."""
     for name, word in {"add": "add", "sub": "sub", "mul": "mul", "truediv": "div", "pow": "pow"}.items():
         setattr(Tensors, f"__{name}__", lambda a, b, w=word: a._do(w, b))
         setattr(Tensors, f"__i{name}__", lambda a, b, w=word: a._do(f"{w}_", b))
-    for name in (
-        "radd",
-        "rsub",
-        "rmul",
-        "rtruediv",
-        "rpow",
-        "lt",
-        "le",
-        "gt",
-        "ge",
-        "eq",
-        "ne",
-        "and",
-        "or",
-    ):
+    for name in "radd rsub rmul rtruediv rpow lt le gt ge eq ne and or neg abs invert".split():
         sign = f"__{name}__"
-        setattr(Tensors, sign, lambda a, b, s=sign: a._each(lambda x, y: getattr(x, s)(y), a, b))
-    for name in ("neg", "abs", "invert"):
-        sign = f"__{name}__"
-        setattr(Tensors, sign, lambda a, s=sign: a._each(lambda x: getattr(x, s)(), a))
+        setattr(Tensors, sign, lambda *xs, s=sign: Tensors._each(lambda x, *own: getattr(x, s)(*own), *xs))
 
 
 _signs()

@@ -32,12 +32,11 @@ class Optimizer(Owner):
       a lazy optimizer (kexue.fm/archives/6869).
     - ``maximize``, ``foreach``, ``capturable``, ``differentiable``: as in ``torch.optim``. ``foreach``
       defaults to on where all parameters of a group are on a GPU; the result is the same.
-    - ``fused``: all tensors of the group in one pass, by kernels made from the rule: Triton on a GPU, C++
-    on
-      a CPU, compiled at first use; RuntimeError where Triton or a compiler is missing. float32, bfloat16
-      and float16 in any mix, dense tensors of one memory order; others, and what the kernels cannot do,
-      take the plain road. ``"cpu"`` or ``"triton"`` names the back end. A checkpoint of one goes on in any
-      other: loading it leaves ``fused``, ``foreach`` and ``release_grads`` as they are.
+    - ``fused``: all tensors of the group in one pass, by kernels made from the rule: Triton on a GPU,
+      C++ on a CPU, compiled at first use; RuntimeError where Triton or a compiler is missing. float32,
+      bfloat16 and float16 in any mix, dense tensors of one memory order; others, and what the kernels
+      cannot do, take the plain road. ``"cpu"`` or ``"triton"`` names the back end. A checkpoint of one
+      goes on in any other: loading it leaves ``fused``, ``foreach`` and ``release_grads`` as they are.
     - ``state_dtype``: of the buffers, say ``torch.bfloat16``; ``None``: that of the parameter.
     - ``stochastic_rounding``: bfloat16 parameters are rounded at random (see rounding.py), so that steps
       far below their spacing count on average; ``seed`` says which randomness.
@@ -49,9 +48,9 @@ class Optimizer(Owner):
     - ``shrink``: s in [0, 1], the factor of the weights where the gradient is not finite. ``None``: the
       gradient is taken as it is, and not read once more to find out.
     - ``release_grads``: take each gradient into the momentum within ``backward``, and free it
-    (released.py).
-      The weights move as without, in :meth:`step`, which is called as often. Not with ``lazy`` rows or
-      sparse gradients (their groups can say ``"release_grads": False``), ``capturable``, or a GradScaler.
+      (released.py). The weights move as without, in :meth:`step`, which is called as often. Not with
+      ``lazy`` rows or sparse gradients (their groups can say ``"release_grads": False``),
+      ``capturable``, or a GradScaler.
     """
 
     def __init_subclass__(cls) -> None:
@@ -67,8 +66,7 @@ class Optimizer(Owner):
         Args:
             dtype: of the parameter. given: arguments of the class.
         """
-        optimizer = cls([torch.zeros(2, 2, dtype=dtype)], **given)
-        return fused.text(optimizer, device)
+        return fused.text(cls([torch.zeros(2, 2, dtype=dtype)], **given), device)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. ``closure``, if given, evaluates the model again; its loss is returned."""
@@ -103,9 +101,7 @@ class Optimizer(Owner):
         if foreach is None:
             foreach = not group["differentiable"] and all(map(attrgetter("is_cuda"), group["params"]))
         if not self.is_known or (group["capturable"] and group["shrink"] is not None):
-            foreach = (
-                False  # to learn on a list what is finite is to wait for the device, which a graph cannot
-            )
+            foreach = False  # a list would wait for the device to say what is finite, a graph cannot
         dense = []
         for work in works:
             if "step" in work.state:

@@ -14,9 +14,7 @@ from minisign.engine.shards import check_rows, is_sharded
 from minisign.engine.words import WORDS
 
 Group: TypeAlias = dict[str, Any]
-Bounds: TypeAlias = Mapping[
-    str, tuple[float, float] | None
-]  # of numbers, [low, below); None: there are none
+Bounds: TypeAlias = Mapping[str, tuple[float, float] | None]  # of numbers, [low, below); None: no bounds
 STATE_TYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Options that say how a step is computed and not what: a checkpoint from elsewhere leaves them alone.
 HOW = ("foreach", "fused", "release_grads")
@@ -61,11 +59,7 @@ EXCLUDE = (
     ("fused", "differentiable", ""),
     ("fused", "foreach", ""),
     ("release_grads", "capturable", ""),
-    (
-        "release_grads",
-        "lazy",
-        ': which rows move is known with the whole gradient; give their group "release_grads": False',
-    ),
+    ("release_grads", "lazy", ': which rows move is known late; give their group "release_grads": False'),
 )
 
 
@@ -129,12 +123,8 @@ def _check(name: str, value: Any, low: float = -math.inf, below: float = math.in
         if value not in WORDS:
             raise ValueError(f"unknown {name} {value!r}: choose {', '.join(map(repr, WORDS))} or a number")
     else:
-        check_number(
-            {"eps": "epsilon value", "weight_decay": "weight_decay value"}.get(name, name),
-            value,
-            low,
-            below,
-        )
+        called = {"eps": "epsilon value", "weight_decay": "weight_decay value"}.get(name, name)
+        check_number(called, value, low, below)
 
 
 def _check_halves(owner: str, group: Group, why_not_linear: Callable[[], str]) -> None:
@@ -151,14 +141,9 @@ def _check_halves(owner: str, group: Group, why_not_linear: Callable[[], str]) -
         raise ValueError(
             f"capturable=True needs accumulate=1, got {k}: a CUDA graph would freeze the count"
         )
-    asked = {
-        name: group[name]
-        for name in ("accumulate", "shrink", "release_grads")
-        if group[name] != DEFAULTS[name]
-    }
+    asked = [x for x in ("accumulate", "shrink", "release_grads") if group[x] != DEFAULTS[x]]
     if asked and (why := why_not_linear()):
-        name, value = next(iter(asked.items()))
-        raise ValueError(f"{owner} takes no {name}={value!r}: its rule {why}")
+        raise ValueError(f"{owner} takes no {asked[0]}={group[asked[0]]!r}: its rule {why}")
 
 
 def _check_parameter(owner: str, name: str, p: Any, group: Group) -> None:

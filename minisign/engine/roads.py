@@ -2,9 +2,8 @@
 
     one          a tensor
     together     a list that acts as a tensor, for each device and dtype
-    rows         lazy or sparse gradients: the rows that take part are gathered, and written back; every
-        other
-                 row keeps its bits
+    rows         lazy or sparse gradients: the rows that take part are gathered and written back, the
+                 others keep their bits
 
 Arithmetic is float32 or float64: what is narrower is widened first, and rounded once at the end. The road
 of the kernels is in fused.py.
@@ -40,9 +39,7 @@ def one(work: Work, index: Tensor | None = None) -> None:
     if work.guard is not None and p.is_cpu and not all_finite(g, buffers[0]):
         p.copy_(work.guard.shrunk(p))
     else:
-        if (
-            work.guard is not None and not p.is_cpu
-        ):  # without waiting for the device to say whether g is finite
+        if work.guard is not None and not p.is_cpu:  # without waiting for the device to say what g is
             before = [work.guard.shrunk(p), *(b.clone() for b in buffers)]
         for x in work.numbers.values():
             if isinstance(x, Tensor) or x == "row_rms" or (x == "rms" and not p.is_cpu):
@@ -58,8 +55,7 @@ def one(work: Work, index: Tensor | None = None) -> None:
 
 
 def together(works: Sequence[Work]) -> None:
-    """All at once; torch's multi-tensor kernels want one device and dtype each, and a rule one set of
-    numbers."""
+    """All at once, those of one device, dtype and set of numbers each."""
     kinds: dict[Any, list[Work]] = {}
     for work in _without_bad(works):
         dtypes = map(_DTYPE, (work.p, work.g, *work.buffers))
@@ -68,17 +64,14 @@ def together(works: Sequence[Work]) -> None:
     for members in kinds.values():
         columns = list(zip(*([x.p, x.g, *x.buffers] for x in members), strict=True))
         wide = _wide([column[0] for column in columns])
-        values = [
-            Tensors([x.to(wide) for x in column]) for column in columns
-        ]  # themselves, if they are wide
+        values = [Tensors([x.to(wide) for x in column]) for column in columns]  # they, if they are wide
         members[0].rule(*values, **members[0].numbers)
         for i, work in enumerate(members):
             _write_back(work, [x.tensors[i] for j, x in enumerate(values) if j != 1], None)
 
 
 def rows(work: Work, index: Tensor, left: Sequence[float]) -> None:
-    """Those at ``index`` [U] only, each once, with ``work.g`` [U, …]; of the others' buffers so much is
-    ``left``."""
+    """Those at ``index`` [U] only, each once, with ``work.g`` [U, …]; ``left``: of the others' buffers."""
     mine = [x[index] for x in (work.p, *work.buffers)]
     for b, rate in zip(work.buffers, left, strict=True):
         if rate != 1:

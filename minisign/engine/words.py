@@ -1,5 +1,4 @@
-"""What a rule may ask of a whole tensor before it moves: the words that torch's methods have no name
-for."""
+"""What a rule may ask of a whole tensor before it moves: words that torch has no method for."""
 
 from __future__ import annotations
 

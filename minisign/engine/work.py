@@ -47,8 +47,7 @@ class Work(NamedTuple):
 def look(
     optimizer: Owner, group: Group, given: Sequence[tuple[Tensor, Tensor]] | None = None
 ) -> list[Work]:
-    """The work on the parameters of a group that have a gradient; or on ``given`` ones, each with a
-    gradient.
+    """The work on the parameters of a group that have a gradient; or on ``given`` pairs.
 
     Raises:
         ValueError: a state that is not its parameter's.

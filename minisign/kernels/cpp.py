@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from minisign.kernels.program import Program, bare
-from minisign.kernels.table import Form
+from minisign.kernels.table import B, Form
 
 TYPES = {"float32": "float", "bfloat16": "c10::BFloat16", "float16": "c10::Half"}
 TEXT = """\
@@ -73,7 +73,7 @@ def write(program: Program, form: Form) -> str:
         origin=program.origin,
         narrow="" if form.types == ("float32",) * 3 else "#define NARROW\n",
         **{x: TYPES[t] for x, t in zip("pgb", form.types, strict=True)},
-        columns=len(program.buffers) + 9 + max(1, len(program.own)),
+        columns=B + len(program.buffers) + max(1, len(program.own)),
         buffers=len(program.buffers),
         own=max(1, len(program.own)),
         size=f"OF_{program.size.upper()}" if program.size else "OF_NONE",

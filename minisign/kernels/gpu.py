@@ -20,7 +20,7 @@ from torch import Tensor
 from minisign.kernels import triton, words
 from minisign.kernels.kept import folder, keep
 from minisign.kernels.program import Program
-from minisign.kernels.table import Call, Form, Launch
+from minisign.kernels.table import COUNT, SIZE, WIDTH, B, Call, Form, Launch, P
 
 TABLES_KEPT = 16
 
@@ -59,7 +59,7 @@ def step(program: Program, launch: Launch, call: Call, cache: dict[Any, Any]) ->
         if call.found_inf is not None:  # a step that is not made does not count
             torch._foreach_sub_(launch.steps, [call.found_inf.reshape(())] * len(launch.steps))
     lines, width, buffers = launch.table, launch.width, len(program.buffers)
-    addresses = [*range(buffers + 2), *([buffers + 5] if launch.form.rows else [])]
+    addresses = [*range(P, B + buffers), *([WIDTH] if launch.form.rows else [])]
     odd = {i // width for c in addresses for i in range(c, len(lines), width) if lines[i] % 16}
     for aligned in (True, False):
         chosen = [i for i in range(launch.count) if (i not in odd) == aligned]
@@ -76,7 +76,7 @@ def _launch(
     program: Program, launch: Launch, lines: array[int], aligned: bool, call: Call, cache: dict[Any, Any]
 ) -> None:
     device, form = launch.device, launch.form
-    table = _table(program, launch, lines, cache)
+    table = _table(launch, lines, cache)
     if "none" not in cache:
         cache["none"] = torch.zeros(1, device=device), torch.ones(1, device=device)
     zero, one = cache["none"]
@@ -93,7 +93,7 @@ def _launch(
         if form.guard or (program.size == "tensor" and not form.rows):
             table.squares.zero_()
             table.bad.zero_()
-            kernel(*arguments, **made, LOOK=True)
+            kernel(*arguments, **{**made, "BODY": words.look}, LOOK=True)
         kernel(*arguments, **made, LOOK=False)
 
 
@@ -101,18 +101,12 @@ def constants(program: Program, form: Form, columns: int, aligned: bool) -> dict
     """What the kernel is compiled for."""
     p, g = (getattr(tl, name) for name in form.types[:2])
     shape = words.Shape(
-        len(program.buffers),
-        columns,
-        program.size,
-        form.guard,
-        form.rows,
-        form.sought,
-        aligned,
+        p, g, len(program.buffers), columns, program.size, form.guard, form.rows, form.sought, aligned,
         words.BLOCK,
-    )
+    )  # fmt: skip
     # Triton's own default of fusing multiply-adds changes between versions.
     options = {} if words.INTERPRETED else {"num_warps": words.WARPS, "enable_fp_fusion": False}
-    return {"MOVE": module(program, form).move, "P": p, "G": g, "SHAPE": shape, **options}
+    return {"BODY": module(program, form).move, "SHAPE": shape, **options}
 
 
 def numbers_of(call: Call) -> words.Numbers:
@@ -122,7 +116,7 @@ def numbers_of(call: Call) -> words.Numbers:
     return words.Numbers(k, rest, *(float(np.float32(x)) for x in (call.sign, call.shrink, call.center)))
 
 
-def _table(program: Program, launch: Launch, lines: array[int], cache: dict[Any, Any]) -> Table:
+def _table(launch: Launch, lines: array[int], cache: dict[Any, Any]) -> Table:
     """These lines on the device; sent anew only where an address is another one."""
     device, width, rows = launch.device, launch.width, launch.form.rows
     tables: OrderedDict[Any, Table] = cache.setdefault("tables", OrderedDict())
@@ -134,9 +128,9 @@ def _table(program: Program, launch: Launch, lines: array[int], cache: dict[Any,
                 "a CUDA graph cannot capture the first step on gradients at new addresses: make one step "
                 "before the capture and keep the gradients, zero_grad(set_to_none=False)"
             )
-        columns, buffers = torch.tensor(lines, dtype=torch.int64), len(program.buffers)
-        sizes = columns[buffers + 3 :: width]
-        counts = columns[buffers + 6 :: width] if rows else -(-sizes // words.BLOCK)
+        columns = torch.tensor(lines, dtype=torch.int64)
+        sizes = columns[SIZE::width]
+        counts = columns[COUNT::width] if rows else -(-sizes // words.BLOCK)
         n = len(counts)
         tables[key] = Table(
             columns=_send(columns, device),

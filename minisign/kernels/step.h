@@ -31,21 +31,20 @@ struct Shared {
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "cpu.py has another");
 
-// One tensor; mirrored by Item.columns in table.py.
+// One tensor: a line of the table, as table.py has it.
 template <class P, class G, class B, int BUFFERS, int OWN>
 struct TensorOf {
-  static constexpr int buffers = BUFFERS;
+  float* step;        // counts steps, or null
+  int64_t size;       // entries
+  int64_t noise;      // from which its roundings at random follow
+  int64_t width;      // of a row
+  int64_t count;      // of rows that the gradient has
+  const void* rows;   // int64_t each, a list; or bool each, a mask
+  double known;       // its RMS, if it is not to be looked for; else NaN
   P* p;
   const G* g;
   B* b[BUFFERS];
-  float* step;          // counts steps, or null
-  int64_t size;         // entries
-  int64_t noise;        // from which its roundings at random follow
-  int64_t width;        // of a row; 0: not by rows
-  int64_t count;        // of rows that the gradient has
-  const void* rows;     // int64_t each, a list; or bool each, a mask
-  double known;         // its RMS, if it is not to be looked for; else NaN
-  double own[OWN];      // the rule's numbers that are its own
+  double own[OWN];    // the rule's numbers that are its own
 
   // Has the memory send the beginning of what comes next.
   void fetch(int64_t start, int64_t g_start, int64_t n) const {

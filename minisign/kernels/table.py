@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+# Columns of the table, the last of the first buffer; after the buffers come the tensor's own numbers.
+# TensorOf of step.h is a line of it.
+STEP, SIZE, NOISE, WIDTH, COUNT, ROWS, KNOWN, P, G, B = range(10)
 X86 = ("x86_64", "AMD64", "i686")
 # Whether torch's interpolation on this CPU is a fused multiply-add: of x86 processors the oldest have none.
 FMA_ON_CPU = torch.backends.cpu.get_cpu_capability() != "DEFAULT" or platform.machine() not in X86
@@ -68,19 +71,15 @@ class Item(NamedTuple):
         return math.prod(self.p.shape[1:]) if self.by_rows else 0
 
     def columns(self) -> list[int]:
-        """Its line; the order is that of ``TensorOf`` in step.h."""
-        return [
-            *(0 if x is None else x.data_ptr() for x in (self.p, self.g, *self.buffers, self.step)),
-            *(self.p.numel(), self.noise, self.width),
-            *(
-                (0, 0)
-                if not self.by_rows
-                else (len(self.p), 0)
-                if self.rows is None
-                else (len(self.rows), self.rows.data_ptr())
-            ),
-            *(struct.unpack("q", struct.pack("d", x))[0] for x in (self.known, *(self.own or (0.0,)))),
-        ]
+        """Its line."""
+        count = len(self.p if self.rows is None else self.rows) if self.by_rows else 0
+        step, rows, *tensors = (
+            0 if x is None else x.data_ptr() for x in (self.step, self.rows, self.p, self.g, *self.buffers)
+        )
+        known, *own = (
+            struct.unpack("q", struct.pack("d", x))[0] for x in (self.known, *(self.own or (0,)))
+        )
+        return [step, self.p.numel(), self.noise, self.width, count, rows, known, *tensors, *own]
 
 
 class Launch:
@@ -94,13 +93,11 @@ class Launch:
         self.count, self.width = len(lines), len(lines[0])
         self.table = array("q", [x for line in lines for x in line])
         self.held = [(item.p, item.buffers, item.rows) for item in items]
-        self.gradients = [
-            item.g for item in items
-        ]  # until the step is made; then their memory is another's
+        self.gradients = [item.g for item in items]  # until the step is made; then others own the memory
 
     def set_gradients(self, addresses: Sequence[int]) -> None:
         """The same tensors with other gradients."""
-        self.table[1 :: self.width] = array("q", addresses)
+        self.table[G :: self.width] = array("q", addresses)
 
 
 def launches(
@@ -125,9 +122,8 @@ class Call:
         numbers: what the program's expressions come to.
         lr: the rate, where it is a tensor.
         sign: −1 to maximize. shrink, center: of a guard.
-        grad_scale: 1-element float32, by which gradients are divided. found_inf: 1-element float32; where
-            it
-            is not 0 nothing happens.
+        grad_scale: 1-element float32, by which gradients are divided.
+        found_inf: 1-element float32; where it is not 0 nothing happens.
     """
 
     numbers: tuple[float, ...]

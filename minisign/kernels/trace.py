@@ -2,8 +2,7 @@
 
     p, g, m       stand for tensors: what is done to an entry of them is a :class:`Line`
     lr, beta      stand for numbers, which may be others at the next step: arithmetic on them is remembered
-        as
-                  an expression, and carried out on the host before each step
+                  as an expression, and carried out on the host before each step
 
 The stand-ins are ``torch.fx``'s proxies, which hand every method, sign and function of torch to
 :meth:`Tracer.create_proxy`. The writers (cpp.py, triton.py) make a kernel of what is remembered.
@@ -147,10 +146,7 @@ class Tracer(fx.proxy.TracerBase):
         if word in SHAPES:
             raise Untraceable(f"{here()} asks for {word}: a kernel sees one entry")
         target = args[0]
-        if kind == "call_method" and word in (
-            "where",
-            "masked_fill",
-        ):  # of torch's orders this is the method's
+        if kind == "call_method" and word in ("where", "masked_fill"):  # this order is the method's
             x, mask, other = args
             word, args = "where", (mask, x, other) if word == "where" else (mask, other, x)
         if in_place and target.is_fixed:
@@ -223,9 +219,7 @@ class Tracer(fx.proxy.TracerBase):
             kinds = {x.kind for x in variables}
             kind = BOOL if word in BOOLS else DOUBLE if kinds == {DOUBLE} else FLOAT
             out = Variable(kind=kind, is_scalar=all(x.is_scalar for x in variables))
-        options = {
-            key: x for key, x in options.items() if getattr(x, "text", "") != "1.0"
-        }  # that is the default
+        options = {key: x for key, x in options.items() if getattr(x, "text", "") != "1.0"}  # the default
         for x in (*nodes, *options.values()):
             if isinstance(x, Number):
                 self.numbers.setdefault(x.text, len(self.numbers))

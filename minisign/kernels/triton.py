@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from minisign.kernels.program import Program, bare
-from minisign.kernels.table import Form
+from minisign.kernels.table import Form, P
 
 # Words that Triton has itself; its interpreter knows them by these names only.
 WORDS = {"abs_of": "tl.abs", "exp_of": "tl.exp", "log_of": "tl.log", "chosen": "tl.where"}
@@ -15,10 +15,8 @@ from minisign.kernels.words import *
 
 
 @triton.jit
-def move(
-    line, i, g_i, mask, unscale, finite, key, step, size, lr, numbers,
-    SHAPE: tl.constexpr, MASKED: tl.constexpr,
-):
+def move(line, i, g_i, mask, known, SHAPE: tl.constexpr, MASKED: tl.constexpr):
+    unscale, finite, key, step, size, lr, numbers = known
     {lines}
 """
 
@@ -36,7 +34,7 @@ def write(program: Program, form: Form) -> str:
     own += ["lr = tl.load(lr)"] * ("lr" in program.trace.scalars)
     loads = []
     for v, (column, x) in used.items():
-        loads.append(f"{x} = pointer(line, {column}, {types[v]}, SHAPE)")
+        loads.append(f"{x} = pointer(line, {P + column}, {types[v]}, SHAPE)")
         loads.append(
             f"{v.name} = load({x}, {'g_i' if v is g else 'i'}, mask, MASKED){' * unscale' * (v is g)}"
         )

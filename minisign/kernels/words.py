@@ -20,7 +20,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from minisign.kernels.table import FMA_ON_CPU
+from minisign.kernels.table import FMA_ON_CPU, KNOWN, NOISE, ROWS, SIZE, STEP, WIDTH, B, G, P
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 # Entries of a program, and its warps: 8 entries a thread, which are 16 bytes of bfloat16, are what an H200
@@ -42,11 +42,13 @@ class Numbers(NamedTuple):
 class Shape(NamedTuple):
     """What the kernel must know of a rule and its table."""
 
+    p: tl.dtype
+    g: tl.dtype
     buffers: int
     columns: int  # of a line
     size: str  # whose RMS is asked for: "tensor", "row" or ""
     guard: bool
-    rows: str  # of a Form, as is
+    rows: str  # as in a Form
     sought: bool
     aligned: bool  # the host has looked: loads and stores of 16 bytes
     block: int
@@ -54,6 +56,9 @@ class Shape(NamedTuple):
 
 # A kernel sees what is outside only as constexpr.
 _INTERPRETED, _FMA_ON_CPU = tl.constexpr(INTERPRETED), tl.constexpr(FMA_ON_CPU)
+_STEP, _SIZE, _NOISE, _WIDTH, _ROWS, _KNOWN, _P, _G, _B = map(
+    tl.constexpr, (STEP, SIZE, NOISE, WIDTH, ROWS, KNOWN, P, G, B)
+)
 
 
 # --- words ----------------------------------------------------------------------------------------
@@ -186,54 +191,51 @@ def squares_of(p):
 
 
 @triton.jit
-def look(
-    line, i, g_i, mask, squares, bad,
-    P: tl.constexpr, G: tl.constexpr, SHAPE: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+def look(line, i, g_i, mask, known, SHAPE: tl.constexpr, MASKED: tl.constexpr):
+    squares, bad = known
     if SHAPE.guard:
-        exponent = (
-            load(pointer(line, 1, G, SHAPE), g_i, mask, MASKED).to(tl.int32, bitcast=True) & 0x7F800000
-        )
+        g = load(pointer(line, _G, SHAPE.g, SHAPE), g_i, mask, MASKED)
+        exponent = g.to(tl.int32, bitcast=True) & 0x7F800000
         tl.atomic_max(bad, tl.max((exponent == 0x7F800000).to(tl.int32), axis=0))
     if SHAPE.size == "tensor":
-        tl.atomic_add(squares, squares_of(load(pointer(line, 0, P, SHAPE), i, mask, MASKED)))
+        tl.atomic_add(squares, squares_of(load(pointer(line, _P, SHAPE.p, SHAPE), i, mask, MASKED)))
 
 
 @triton.jit
-def squares_of_row(line, start, n, P: tl.constexpr, SHAPE: tl.constexpr):
+def squares_of_row(line, start, n, SHAPE: tl.constexpr):
     found = tl.full([], 0.0, tl.float64)
     for first in range(0, n, SHAPE.block):
         k = first + tl.arange(0, SHAPE.block)
-        found += squares_of(load(pointer(line, 0, P, SHAPE), start + k, k < n, True))
+        found += squares_of(load(pointer(line, _P, SHAPE.p, SHAPE), start + k, k < n, True))
     return found
 
 
 @triton.jit
-def some_not_zero(line, start, n, G: tl.constexpr, SHAPE: tl.constexpr):
+def some_not_zero(line, start, n, SHAPE: tl.constexpr):
     found = tl.full([], 0, tl.int32)
     for first in range(0, n, SHAPE.block):
         k = first + tl.arange(0, SHAPE.block)
-        g = load(pointer(line, 1, G, SHAPE), start + k, k < n, True)
+        g = load(pointer(line, _G, SHAPE.g, SHAPE), start + k, k < n, True)
         found |= tl.max((g != 0).to(tl.int32), axis=0)  # NaN is not
     return found != 0
 
 
 @triton.jit
-def size_of(squares, count, line, SHAPE: tl.constexpr):
+def size_of(squares, count, line):
     """The RMS, or what the table says in its place."""
-    known = tl.load(line + SHAPE.buffers + 8).to(tl.float64, bitcast=True)
+    known = tl.load(line + _KNOWN).to(tl.float64, bitcast=True)
     found = tl.sqrt(squares / count)
     return tl.where(known == known, known, tl.where(found == 0, 1.0, found)).to(tl.float32)
 
 
 @triton.jit
 def own_number(line, i: tl.constexpr, SHAPE: tl.constexpr):
-    return tl.load(line + SHAPE.buffers + 9 + i).to(tl.float64, bitcast=True)
+    return tl.load(line + _B + SHAPE.buffers + i).to(tl.float64, bitcast=True)
 
 
 @triton.jit
-def number_of_step(line, SHAPE: tl.constexpr):
-    counter = tl.load(line + SHAPE.buffers + 2)
+def number_of_step(line):
+    counter = tl.load(line + _STEP)
     number = tl.full([], 0.0, tl.float64)
     if counter != 0:
         number = tl.load(counter.to(tl.pointer_type(tl.float32))).to(tl.float64)
@@ -246,77 +248,44 @@ def number_of_step(line, SHAPE: tl.constexpr):
 @triton.jit
 def step(
     table, owners, firsts, squares, bad, found_inf, grad_scale, lr, numbers,
-    MOVE: tl.constexpr, P: tl.constexpr, G: tl.constexpr, SHAPE: tl.constexpr, LOOK: tl.constexpr,
+    BODY: tl.constexpr, SHAPE: tl.constexpr, LOOK: tl.constexpr,
 ):  # fmt: skip
-    """``MOVE``: the rule, made by triton.py. ``P``, ``G``: types."""
+    """``BODY``: the rule, made by triton.py; or `look`, where LOOK is true."""
     program = tl.program_id(0)
     owner = tl.load(owners + program)
     line = table + owner * SHAPE.columns
-    size = tl.load(line + SHAPE.buffers + 3)
+    size = tl.load(line + _SIZE)
     place = (program - tl.load(firsts + owner)).to(tl.int64)  # beyond 2³¹ entries too
     moves = tl.load(found_inf) == 0
     if SHAPE.rows != "":
-        n = tl.load(line + SHAPE.buffers + 5)
+        n = tl.load(line + _WIDTH)
         if SHAPE.aligned:
             n = tl.multiple_of(n, 16)
         start, g_start = place * n, place * n
         if SHAPE.rows == "listed":
-            start = tl.load(tl.load(line + SHAPE.buffers + 7).to(tl.pointer_type(tl.int64)) + place) * n
+            start = n * tl.load(tl.load(line + _ROWS).to(tl.pointer_type(tl.int64)) + place)
         if SHAPE.rows == "masked":
-            moves = moves & (
-                tl.load(tl.load(line + SHAPE.buffers + 7).to(tl.pointer_type(tl.int8)) + place) != 0
-            )
+            moves &= tl.load(tl.load(line + _ROWS).to(tl.pointer_type(tl.int8)) + place) != 0
         if SHAPE.sought:
-            moves = moves & some_not_zero(line, g_start, n, G, SHAPE)
+            moves &= some_not_zero(line, g_start, n, SHAPE)
     else:
         start, g_start = place * SHAPE.block, place * SHAPE.block
         n = tl.minimum(size - start, SHAPE.block)
     if moves:
-        found, count = tl.load(squares + owner), size
-        if SHAPE.size == "row" and not LOOK:
-            found, count = squares_of_row(line, start, n, P, SHAPE), n
-        rms, finite, number = (
-            size_of(found, count, line, SHAPE),
-            tl.load(bad + owner) == 0,
-            number_of_step(line, SHAPE),
-        )
-        key = mix(tl.load(line + SHAPE.buffers + 4).to(tl.uint32) + number.to(tl.uint32))
-        unscale = tl.div_rn(numbers.sign, tl.load(grad_scale))
+        if LOOK:
+            known = (squares + owner, bad + owner)
+        else:
+            found, count = tl.load(squares + owner), size
+            if SHAPE.size == "row":
+                found, count = squares_of_row(line, start, n, SHAPE), n
+            number = number_of_step(line)
+            key = mix(tl.load(line + _NOISE).to(tl.uint32) + number.to(tl.uint32))
+            unscale = tl.div_rn(numbers.sign, tl.load(grad_scale))
+            rms, finite = size_of(found, count, line), tl.load(bad + owner) == 0
+            known = (unscale, finite, key, number, rms, lr, numbers)
         for first in range(0, n, SHAPE.block):
             k = first + tl.arange(0, SHAPE.block)
-            if LOOK and n - first >= SHAPE.block:
-                look(line, start + k, g_start + k, k < n, squares + owner, bad + owner, P, G, SHAPE, False)
-            elif LOOK:
-                look(line, start + k, g_start + k, k < n, squares + owner, bad + owner, P, G, SHAPE, True)
-            elif n - first >= SHAPE.block:
-                MOVE(
-                    line,
-                    start + k,
-                    g_start + k,
-                    k < n,
-                    unscale,
-                    finite,
-                    key,
-                    number,
-                    rms,
-                    lr,
-                    numbers,
-                    SHAPE,
-                    False,
-                )
+            if n - first >= SHAPE.block:
+                BODY(line, start + k, g_start + k, k < n, known, SHAPE, False)
             else:
-                MOVE(
-                    line,
-                    start + k,
-                    g_start + k,
-                    k < n,
-                    unscale,
-                    finite,
-                    key,
-                    number,
-                    rms,
-                    lr,
-                    numbers,
-                    SHAPE,
-                    True,
-                )
+                BODY(line, start + k, g_start + k, k < n, known, SHAPE, True)

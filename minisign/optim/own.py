@@ -24,21 +24,18 @@ def optimizer(
 
     Args:
         rule: one step in place, ``rule(p, g, *buffers, *, lr, …)``, in methods of tensors; it leaves ``g``
-            as it
-            is. A ``step`` among its arguments is the number of the step, from 1.
+            as it is. A ``step`` among its arguments is the number of the step, from 1.
         buffers: what the state calls them, in the order of the rule's arguments.
-        bounds: [low, below) of numbers that have some. Without: ``lr`` ≥ 0, and 0 ≤ β < 1 for what begins
-            with
-            "beta".
+        bounds: [low, below) of numbers that have some. Without: ``lr`` ≥ 0, and 0 ≤ β < 1 for what is
+            called beta….
         name: of the class; without, the function's, so that ``heavy_ball`` becomes ``HeavyBall``.
         numbers: the rule's other arguments and their defaults. ``"rms"`` and ``"row_rms"`` are words that
             :func:`minisign.rms` knows.
 
     Raises:
         TypeError: buffers and numbers are not the rule's arguments; the rule changes its gradient, or
-            chooses
-            by the values of a tensor (``if``). ValueError: a default outside its bounds, when an optimizer
-            is made.
+            chooses by the values of a tensor (``if``).
+        ValueError: a default outside its bounds, when an optimizer is made.
     """
     if not inspect.isfunction(rule):
         raise TypeError(f"a rule is a function made by def, got {rule!r}")
@@ -67,22 +64,10 @@ def optimizer(
         own = {key: given.pop(key, default) for key, default in numbers.items()}
         Optimizer.__init__(self, params, own, given)  # type: ignore[arg-type]
 
-    known = {
-        "lr": (0.0, math.inf),
-        **{x: (0.0, 1.0) for x in numbers if x.startswith("beta")},
-        **(bounds or {}),
-    }
-    called = name or "".join(part.capitalize() for part in rule.__name__.split("_"))
-    return type(
-        called,
-        (Optimizer,),
-        {
-            "__doc__": rule.__doc__,
-            "__module__": rule.__module__,
-            "__init__": init,
-            "rule": staticmethod(rule),
-            "buffers": tuple(buffers),
-            "is_known": is_known,
-            "bounds": {key: known.get(key) for key in numbers},
-        },
-    )
+    known = {"lr": (0.0, math.inf)} | {x: (0.0, 1.0) for x in numbers if x.startswith("beta")}
+    known |= bounds or {}
+    body = dict(
+        __doc__=rule.__doc__, __module__=rule.__module__, __init__=init, rule=staticmethod(rule),
+        buffers=tuple(buffers), bounds={key: known.get(key) for key in numbers}, is_known=is_known,
+    )  # fmt: skip
+    return type(name or "".join(map(str.capitalize, rule.__name__.split("_"))), (Optimizer,), body)
