@@ -480,7 +480,7 @@ MUTANTS = (
     Mutant(
         "shapes looked at too late",
         "minisign/engine/work.py",
-        "            if x.shape != p.shape:\n",
+        "            if b.shape != shape:\n",
         "            if False:\n",
         "tests/test_own.py::test_shapes_are_checked_before_anything_moves",
     ),

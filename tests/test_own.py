@@ -420,7 +420,7 @@ def test_a_plain_step_enters_few_functions() -> None:
         sys.setprofile(None)
     names = [name for name in dict.fromkeys(entered) if not name.startswith("<")]
     assert names == [
-        "step", "look", "numbers_of", "own_numbers", "_move", "one", "all_finite", "tiger", "rms"
+        "step", "look", "numbers_of", "own_numbers", "_move", "apart", "all_finite", "tiger", "rms"
     ]  # fmt: skip
 
 

@@ -116,12 +116,7 @@ class Optimizer(Owner):
                 step_rows(work, group)
             else:
                 dense.append(work)
-        # In a loop of its own: tensors push what Python needs out of the cache, so do the rest before.
-        if foreach:
-            roads.together(dense)
-        else:
-            for work in dense:
-                roads.one(work)
+        (roads.together if foreach else roads.apart)(dense)
 
     # --- torch.optim's contract -----------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """How a rule gets to a tensor: each of the roads ends at the same function of p, g and the buffers.
 
-    one          a tensor
+    apart, one   a tensor
     together     a list that acts as a tensor, for each device and dtype
     rows         lazy or sparse gradients: the rows that take part are gathered and written back, the
                  others keep their bits
@@ -12,7 +12,7 @@ of the kernels is in fused.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -23,29 +23,49 @@ from minisign.engine.lists import Tensors
 from minisign.engine.work import Work
 
 WIDE = {torch.float32, torch.float64}  # what arithmetic is done in
+NUMBERS = {float, int}
 _DTYPE = attrgetter("dtype")
+
+
+def apart(works: Iterable[Work]) -> None:
+    """Each by itself."""
+    usual, before, are_scalars = [], None, False
+    for work in works:
+        rule, p, g, buffers, numbers, _, guard, *_ = work
+        if numbers is not before:  # mostly all have the same
+            before, values = numbers, numbers.values()
+            are_scalars = Tensor not in set(map(type, values)) and "row_rms" not in values
+        tensors = (p, g, *buffers)
+        if are_scalars and p.is_cpu and p.dtype in WIDE and len(set(map(_DTYPE, tensors))) == 1:
+            usual.append((tensors, rule, numbers, guard))
+        else:
+            one(work)
+    # A loop that does nothing else: tensors push what Python needs out of the cache.
+    for tensors, rule, numbers, guard in usual:
+        if guard is None or all_finite(*tensors[1:]):
+            rule(*tensors, **numbers)
+        else:
+            tensors[0].copy_(guard.shrunk(tensors[0]))
 
 
 def one(work: Work, index: Tensor | None = None) -> None:
     """``index`` [U]: of a work on rows that were gathered, which they are."""
-    own = [work.p, work.g, *work.buffers]
-    tensors: list[Any] = own
-    narrow = len(set(map(_DTYPE, own))) > 1 or work.p.dtype not in WIDE
+    rule, p, g, buffers, numbers, _, guard, *_ = work
+    narrow = len(set(map(_DTYPE, (p, g, *buffers)))) > 1 or p.dtype not in WIDE
     if narrow:
-        wide = _wide(own)
-        tensors = [x.to(wide) for x in own]
-    p, g, *buffers = tensors
+        wide = _wide((p, g, *buffers))
+        p, g, *buffers = (x.to(wide) for x in (p, g, *buffers))
     before: list[Tensor] = []
-    if work.guard is not None and p.is_cpu and not all_finite(g, buffers[0]):
-        p.copy_(work.guard.shrunk(p))
+    if guard is not None and p.is_cpu and not all_finite(g, buffers[0]):
+        p.copy_(guard.shrunk(p))
     else:
-        if work.guard is not None and not p.is_cpu:  # without waiting for the device to say what g is
-            before = [work.guard.shrunk(p), *(b.clone() for b in buffers)]
-        for x in work.numbers.values():
-            if isinstance(x, Tensor) or x == "row_rms" or (x == "rms" and not p.is_cpu):
-                tensors = [Tensors([x]) for x in tensors]  # in which factors may be tensors
-                break
-        work.rule(*tensors, **work.numbers)
+        if guard is not None and not p.is_cpu:  # without waiting for the device to say what g is
+            before = [guard.shrunk(p), *(b.clone() for b in buffers)]
+        kinds = set(map(type, numbers.values()))
+        if not kinds <= NUMBERS and (Tensor in kinds or "row_rms" in numbers.values() or not p.is_cpu):
+            rule(*(Tensors([x]) for x in (p, g, *buffers)), **numbers)  # factors may be tensors
+        else:
+            rule(p, g, *buffers, **numbers)
     if before:
         finite = torch.isfinite(g).all()
         for x, old in zip((p, *buffers), before, strict=True):

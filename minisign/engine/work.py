@@ -59,6 +59,7 @@ def look(
         ask_all(optimizer, group)
     numbers, counts = numbers_of(optimizer, group), optimizer.counts or group["stochastic_rounding"]
     guard = None if group["shrink"] is None else Guard(group["shrink"], group["center"])
+    names, own, overlaps = optimizer.buffers, optimizer.own, torch._debug_has_internal_overlap
     works = []
     if given is None:
         given = list(zip(group["params"], map(_GRADIENT, group["params"]), strict=True))
@@ -68,25 +69,26 @@ def look(
         if g is None:
             continue
         state = optimizer.state[p] or new_state(optimizer, p, group)
-        tensors = [p, g, *(state[name] for name in optimizer.buffers)]
-        for name, x in zip(("gradient", *optimizer.buffers), tensors[1:], strict=True):
-            if x.shape != p.shape:
-                raise _wrong(group, i, p, x, name)
+        shape, x, buffers = p.shape, p, [state[name] for name in names]
+        for b in (g, *buffers):
+            if b.shape != shape:
+                raise _wrong(group, i, p, b, state)
         if sharded:
-            tensors = [local(x) for x in tensors]
-        for name, x in zip(optimizer.buffers, tensors[2:], strict=True):
-            if torch._debug_has_internal_overlap(x) == 1:
-                raise _wrong(group, i, p, x, name)
-        rule, own, taken, noise = optimizer.rule, optimizer.own_numbers(p, group), None, None
+            x, g, *buffers = map(local, (p, g, *buffers))
+        for b in buffers:
+            if overlaps(b) == 1:
+                raise _wrong(group, i, p, b, state)
+        rule, mine, taken, noise = optimizer.rule, numbers, None, None
         if sharded:
             sizes = optimizer.cache("whole rms")
-            own = {name: sizes[p] for name, x in numbers.items() if x == "rms" and p in sizes} | own
-        mine = {**numbers, **own}
+            mine = mine | {name: sizes[p] for name, y in numbers.items() if y == "rms" and p in sizes}
+        if own:
+            mine = mine | optimizer.own_numbers(p, group)
         if counts:
             mine, noise = _counted(optimizer, p, state, group, mine)
         if group["accumulate"] > 1:
             rule, mine, taken = halves.due(rule, p, g, state, group, mine)
-        works.append(Work(rule, tensors[0], tensors[1], tensors[2:], mine, noise, guard, p, state, taken))
+        works.append(Work(rule, x, g, buffers, mine, noise, guard, p, state, taken))
     return works
 
 
@@ -136,7 +138,8 @@ def _missing(optimizer: Owner, p: Tensor, group: Group) -> Tensor | None:
     return None
 
 
-def _wrong(group: Group, i: int, p: Tensor, x: Tensor, name: str) -> ValueError:
+def _wrong(group: Group, i: int, p: Tensor, x: Tensor, state: Mapping[str, Any]) -> ValueError:
+    name = next((name for name, b in state.items() if local(b) is local(x)), "gradient")
     called = group["param_names"][i] if "param_names" in group else f"parameter {i} of its group"
     return ValueError(
         f"{called} has shape {tuple(p.shape)}, and its {name} shape {tuple(x.shape)}, strides {x.stride()}:"

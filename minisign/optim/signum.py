@@ -33,9 +33,10 @@ def signum(
 ) -> None:
     """One step of Signum, in place."""
     m.lerp_(g, 1 - beta)
+    update = m.sign()  # before θ moves: m is still in the cache
     if weight_decay != 0:
         p.mul_(1 - lr * weight_decay)
-    p.add_(m.sign(), alpha=-lr)
+    p.add_(update, alpha=-lr)
 
 
 class Signum(Optimizer):

@@ -64,8 +64,9 @@ def tiger(
     """One step of Tiger, in place."""
     eta = lr * rms(p, scale)
     m.lerp_(g, 1 - beta)
+    update = m.sign()  # before θ moves: m is still in the cache
     p.mul_(1 - eta * weight_decay)
-    p.add_(m.sign(), alpha=-eta)
+    p.add_(update, alpha=-eta)
 
 
 class Tiger(Optimizer):
