@@ -15,6 +15,7 @@ from minisign.engine.words import WORDS
 
 Group: TypeAlias = dict[str, Any]
 Bounds: TypeAlias = Mapping[str, tuple[float, float] | None]  # of numbers, [low, below); None: no bounds
+FROM_0, BETA = (0.0, math.inf), (0.0, 1.0)
 STATE_TYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Options that say how a step is computed and not what: a checkpoint from elsewhere leaves them alone.
 HOW = ("foreach", "fused", "release_grads")

@@ -12,14 +12,5 @@ from minisign.optim.signum import Signum
 from minisign.optim.tiger import Tiger
 
 __all__ = [
-    "SGD",
-    "AdamW",
-    "Hybrid",
-    "Lion",
-    "Signum",
-    "Tiger",
-    "optimizer",
-    "param_groups",
-    "rms",
-    "track_rows",
-]
+    "SGD", "AdamW", "Hybrid", "Lion", "Signum", "Tiger", "optimizer", "param_groups", "rms", "track_rows",
+]  # fmt: skip

@@ -5,26 +5,21 @@
     v ← β₂ v + (1 − β₂) g²
     θ ← θ − η (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε)         t = 1, 2, …
 
-Kingma and Ba, arXiv 1412.6980; Loshchilov and Hutter, arXiv 1711.05101. Equal to
-``torch.optim.AdamW``. ε stands outside the root. m/√v = sign(m) / √(1 + (v − m²)/m²): where the
-gradient hardly varies, this is a sign optimizer too.
-
-With ``lazy`` or sparse gradients, m and v of an absent row stay and t goes on, as in
+Kingma and Ba, arXiv 1412.6980; Loshchilov and Hutter, arXiv 1711.05101. Equal to ``torch.optim.AdamW``. ε
+stands outside the root. m/√v = sign(m) / √(1 + (v − m²)/m²): where the gradient hardly varies, this is a
+sign optimizer too. With ``lazy`` or sparse gradients, m and v of an absent row stay and t goes on, as in
 ``torch.optim.SparseAdam``.
 """
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from minisign.engine.optimizer import Optimizer, Params
-from minisign.engine.options import Bounds, Options
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from minisign.engine.options import BETA, FROM_0, Bounds, Options
 
 
 def adamw(
@@ -68,12 +63,7 @@ class AdamW(Optimizer):
 
     rule = staticmethod(adamw)
     buffers = ("exp_avg", "exp_avg_sq")
-    bounds: ClassVar[Bounds] = {
-        "lr": (0.0, math.inf),
-        "betas": (0.0, 1.0),
-        "eps": (0.0, math.inf),
-        "weight_decay": (0.0, math.inf),
-    }
+    bounds: ClassVar[Bounds] = {"lr": FROM_0, "betas": BETA, "eps": FROM_0, "weight_decay": FROM_0}
 
     def __init__(
         self,

@@ -12,16 +12,13 @@ NORMS = (
     nn.LayerNorm,
     nn.RMSNorm,
     nn.GroupNorm,
-    nn.modules.batchnorm._NormBase,  # batch and instance norms
-)
+    nn.modules.batchnorm._NormBase,
+)  # the last: batch, instance
 KINDS = ("embedding", "matrix", "bias", "norm", "head")
 
 
 def param_groups(
-    model: nn.Module,
-    *,
-    output: nn.Module | None = None,
-    **options: Mapping[str, Any],
+    model: nn.Module, *, output: nn.Module | None = None, **options: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """The parameters of ``model`` in groups for any optimizer, each with its ``kind``.
 

@@ -10,16 +10,13 @@ Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv 2302.06675; 
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from minisign.engine.optimizer import Optimizer, Params
-from minisign.engine.options import Bounds, Options
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from minisign.engine.options import BETA, FROM_0, Bounds, Options
 
 
 def lion(
@@ -55,7 +52,7 @@ class Lion(Optimizer):
     """
 
     rule = staticmethod(lion)
-    bounds: ClassVar[Bounds] = {"lr": (0.0, math.inf), "betas": (0.0, 1.0), "weight_decay": (0.0, math.inf)}
+    bounds: ClassVar[Bounds] = {"lr": FROM_0, "betas": BETA, "weight_decay": FROM_0}
 
     def __init__(
         self,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from minisign.engine.optimizer import Optimizer, Params
+from minisign.engine.options import BETA, FROM_0
 from minisign.engine.words import Rule
 from minisign.kernels.trace import DOUBLE, Untraceable, trace
 
@@ -64,7 +64,7 @@ def optimizer(
         own = {key: given.pop(key, default) for key, default in numbers.items()}
         Optimizer.__init__(self, params, own, given)  # type: ignore[arg-type]
 
-    known = {"lr": (0.0, math.inf)} | {x: (0.0, 1.0) for x in numbers if x.startswith("beta")}
+    known = {"lr": FROM_0} | {x: BETA for x in numbers if x.startswith("beta")}
     known |= bounds or {}
     body = dict(
         __doc__=rule.__doc__, __module__=rule.__module__, __init__=init, rule=staticmethod(rule),

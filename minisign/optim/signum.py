@@ -10,16 +10,13 @@ it stands inside the sign.
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from minisign.engine.optimizer import Optimizer, Params
-from minisign.engine.options import Bounds, Options
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from minisign.engine.options import BETA, FROM_0, Bounds, Options
 
 
 def signum(
@@ -54,7 +51,7 @@ class Signum(Optimizer):
     """
 
     rule = staticmethod(signum)
-    bounds: ClassVar[Bounds] = {"lr": (0.0, math.inf), "beta": (0.0, 1.0), "weight_decay": (0.0, math.inf)}
+    bounds: ClassVar[Bounds] = {"lr": FROM_0, "beta": BETA, "weight_decay": FROM_0}
 
     def __init__(
         self,

@@ -31,17 +31,14 @@ Where this differs from the author's code:
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from minisign.engine.optimizer import Optimizer, Params
-from minisign.engine.options import Bounds, Group, Options
+from minisign.engine.options import BETA, FROM_0, Bounds, Group, Options
 from minisign.engine.words import rms
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 # The author's rule, for groups that say what they hold (minisign.param_groups).
 KINDS: dict[str, Group] = {
@@ -94,12 +91,7 @@ class Tiger(Optimizer):
     """
 
     rule = staticmethod(tiger)
-    bounds: ClassVar[Bounds] = {
-        "lr": (0.0, math.inf),
-        "beta": (0.0, 1.0),
-        "weight_decay": (0.0, math.inf),
-        "scale": (0.0, math.inf),
-    }
+    bounds: ClassVar[Bounds] = {"lr": FROM_0, "beta": BETA, "weight_decay": FROM_0, "scale": FROM_0}
     own = ("weight_decay",)
 
     def __init__(
