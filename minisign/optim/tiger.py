@@ -105,8 +105,7 @@ class Tiger(Optimizer):
         **options: Unpack[Options],
     ) -> None:
         numbers = dict(lr=lr, beta=beta, weight_decay=weight_decay, scale=scale)
-        options.setdefault("shrink", 0.99)
-        super().__init__(params, numbers, options)
+        super().__init__(params, numbers, {"shrink": 0.99, **options})
 
     def own_numbers(self, p: Tensor, group: Group) -> Group:
         """Of tensors with fewer than two dimensions, whose kind no group says."""
