@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 HELP = "show the kernel that is made of an optimizer's rule"
@@ -17,7 +22,9 @@ TYPES = ("float32", "bfloat16", "float16")
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "rule", metavar="RULE", help=f"{', '.join(RULES)}, or MODULE:CLASS of an optimizer of your own"
+        "rule",
+        metavar="RULE",
+        help=f"{', '.join(RULES)}, or FILE.py:CLASS or MODULE:CLASS of an optimizer of your own",
     )
     parser.add_argument("--for", dest="device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--lazy", action="store_true", help="row by row: gradients of embeddings")
@@ -40,29 +47,57 @@ def run(args: argparse.Namespace) -> int:
         given["stochastic_rounding"] = True
     if args.weight_decay is not None:
         given["weight_decay"] = args.weight_decay
-    print(_optimizer(args.rule).kernel(args.device, getattr(torch, args.dtype), **given), end="")
+    from minisign.kernels.trace import Untraceable
+
+    try:
+        print(_optimizer(args.rule).kernel(args.device, getattr(torch, args.dtype), **given), end="")
+    except Untraceable as error:
+        raise ValueError(f"{args.rule}: {error}") from None
     return 0
 
 
 def _optimizer(name: str) -> Any:
-    import importlib
-    import sys
-
     import minisign
     from minisign.engine.optimizer import Optimizer
 
-    module, _, cls = name.partition(":")
-    if name in RULES:
-        return getattr(minisign, {"sgd": "SGD", "adamw": "AdamW"}.get(name, name.capitalize()))
-    if not cls:
-        raise ValueError(f"unknown rule {name!r}: choose from {', '.join(RULES)}, or give MODULE:CLASS")
-    sys.path.insert(0, "")  # as `python -m` does: modules in the folder at hand
-    try:
-        found = getattr(importlib.import_module(module), cls, None)
-    except ImportError as error:
-        raise ValueError(f"{name}: {error}") from None
-    if not (isinstance(found, type) and issubclass(found, Optimizer)):
+    where, _, cls = name.rpartition(":")
+    if name.lower() in RULES:
+        return getattr(minisign, {"sgd": "SGD", "adamw": "AdamW"}.get(name.lower(), name.capitalize()))
+    if not where or not cls:
         raise ValueError(
-            f"{name} is no optimizer of minisign, which minisign.optimizer(…) makes: {found!r}"
+            f"unknown rule {name!r}: choose from {', '.join(RULES)}, or give FILE.py:CLASS or MODULE:CLASS"
         )
+    try:
+        module = _module(where)
+    except Exception as error:  # whatever the user's file does; the message has where
+        raise ValueError(f"{where} cannot be loaded: {_said(error)}") from None
+    if not hasattr(module, cls):
+        raise ValueError(f"{where} has no {cls}")
+    found = getattr(module, cls)
+    if not (isinstance(found, type) and issubclass(found, Optimizer)):
+        raise ValueError(f"{name} is no optimizer that minisign.optimizer(…) makes: {found!r}")
     return found
+
+
+def _module(where: str) -> ModuleType:
+    """A file, or a module that can be imported from the folder at hand."""
+    if not where.endswith(".py"):
+        sys.path.insert(0, "")  # as `python -m` does
+        return importlib.import_module(where)
+    spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _said(error: Exception) -> str:
+    """What an exception says, and the last line of which file it is about."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = (
+        ""
+        if isinstance(error, (SyntaxError, ImportError, OSError))
+        else f", line {frames[-1].lineno} of {frames[-1].filename}"
+    )
+    return f"{type(error).__name__}: {error}{place}"

@@ -58,7 +58,7 @@ class Owner(ExactOptimizer):
     Attributes:
         rule: one step in place, ``rule(p, g, *buffers, **numbers)``.
         buffers: what the state calls them.
-        bounds: of each number, [low, below); None: it has none. ``betas`` are the rule's ``beta1``,
+        bounds: of each number (options.py). ``betas`` are the rule's ``beta1``,
             ``beta2``, …
         own: numbers that :meth:`own_numbers` may give; the rule asks nothing of them (``if``).
         counts: the rule has the number of its step.
@@ -67,7 +67,7 @@ class Owner(ExactOptimizer):
 
     rule: ClassVar[Rule]
     buffers: ClassVar[tuple[str, ...]] = ("momentum",)
-    bounds: ClassVar[Mapping[str, tuple[float, float] | None]]
+    bounds: ClassVar[Mapping[str, Any]]
     own: ClassVar[tuple[str, ...]] = ()
     counts: ClassVar[bool] = False
     is_known: ClassVar[bool] = True

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minisign.engine import halves, roads
+from minisign.engine import halves, roads, tried
 from minisign.engine.rows import take_rows
 from minisign.engine.shards import like_rows, local
 from minisign.engine.words import rms
@@ -29,7 +29,7 @@ def step_rows(work: Work, group: Mapping[str, Any]) -> None:
         index, g, numbers["keep"] = rows_of_cycle(work.parameter, work.state, index, g, keep, last)
         left = [keep] if decays and last else left
     elif decays:
-        left = halves.left(work.rule, len(work.buffers), numbers)
+        left = tried.left(work.rule, len(work.buffers), numbers)
     roads.rows(work._replace(g=g, numbers=numbers), index, left)
 
 

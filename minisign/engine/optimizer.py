@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from minisign.engine import fused, halves, released, roads
+from minisign.engine import fused, released, roads, tried
 from minisign.engine.contract import Owner
 from minisign.engine.lazy import step_rows
 from minisign.engine.options import HOW, Group, Options, check_group, defaults
@@ -147,7 +147,7 @@ class Optimizer(Owner):
 
     def _why_not_linear(self, group: Group) -> str:
         numbers = numbers_of(self, group) | ({"step": 1.0} if self.counts else {})
-        return halves.why_not_linear(self.rule, len(self.buffers), numbers)
+        return tried.why_not_linear(self.rule, len(self.buffers), numbers)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

@@ -14,7 +14,8 @@ from minisign.engine.shards import check_rows, is_sharded
 from minisign.engine.words import WORDS
 
 Group: TypeAlias = dict[str, Any]
-Bounds: TypeAlias = Mapping[str, tuple[float, float] | None]  # of numbers, [low, below); None: no bounds
+# Of a number, [low, below); None: any. bool: it is True or False.
+Bounds: TypeAlias = Mapping[str, tuple[float, float] | type[bool] | None]
 FROM_0, BETA = (0.0, math.inf), (0.0, 1.0)
 STATE_TYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Options that say how a step is computed and not what: a checkpoint from elsewhere leaves them alone.
@@ -82,14 +83,17 @@ def check_group(
     """Refuses what a group of the optimizer called ``owner`` must not have.
 
     Args:
-        numbers: the bounds [low, below) of each; None: there are none.
+        numbers: the bounds of each.
         why_not_linear: of the rule; "" if it is.
 
     Raises:
         ValueError, TypeError: a bad value, named in the message.
     """
     for name, bounds in numbers.items():
-        _check(name, group[name], *(bounds or ()))
+        if bounds is bool:
+            check_bool(name, group[name])
+        else:
+            _check(name, group[name], *(bounds or ()))
     check_choice("lazy", group["lazy"], (False, "grad", "ids"))
     check_choice("lazy_momentum", group["lazy_momentum"], ("freeze", "decay"))
     check_choice("fused", group["fused"], (False, True, "cpu", "triton"))

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from minisign.engine import roads, work
 from minisign.engine.contract import Owner
-from minisign.engine.halves import is_last, keep_and_weight, move, shrink, take
+from minisign.engine.halves import is_last, move, shrink, take
+from minisign.engine.tried import keep_and_weight
 from minisign.engine.work import Group, Work, new_state, numbers_of
 
 

@@ -13,6 +13,7 @@ from minisign.engine import halves
 from minisign.engine.contract import Owner
 from minisign.engine.rounding import Noise, noise_of
 from minisign.engine.shards import ask_all, is_sharded, local
+from minisign.engine.tried import goes_by_rows
 from minisign.engine.words import Rule
 
 Group: TypeAlias = dict[str, Any]
@@ -68,6 +69,8 @@ def look(
             g = _missing(optimizer, p, group)
         if g is None:
             continue
+        if not optimizer.is_known and (sharded or group["lazy"] or g.layout != torch.strided):
+            _check_goes_by_rows(optimizer, numbers)
         state = optimizer.state[p] or new_state(optimizer, p, group)
         shape, x, buffers = p.shape, p, [state[name] for name in names]
         for b in (g, *buffers):
@@ -108,6 +111,15 @@ def new_state(optimizer: Owner, p: Tensor, group: Group) -> dict[str, Any]:
     for name in optimizer.buffers:
         state[name] = torch.zeros_like(p, dtype=group["state_dtype"], memory_format=torch.preserve_format)
     return state
+
+
+def _check_goes_by_rows(optimizer: Owner, numbers: Group) -> None:
+    numbers = numbers | ({"step": 1.0} if optimizer.counts else {})
+    if not goes_by_rows(optimizer.rule, len(optimizer.buffers), numbers):
+        raise ValueError(
+            f"{type(optimizer).__name__} cannot step on some rows only, as lazy and sparse gradients and "
+            "sharded parameters ask: its rule makes one row depend on the others"
+        )
 
 
 def _counted(

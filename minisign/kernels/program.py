@@ -66,7 +66,7 @@ class Program:
             yield (
                 line,
                 self._text(line),
-                "" if place == before.get(scalar) else f"{place.line}: {place.code}",
+                "" if place == before.get(scalar) or not place.code else f"{place.line}: {place.code}",
             )
             before[scalar] = place
 

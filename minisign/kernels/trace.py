@@ -26,6 +26,7 @@ from torch import fx
 from minisign.kernels.vocabulary import BOOLS, POWERS, RESERVED, SAME, SIGNS, TEXTS
 
 FLOAT, DOUBLE, BOOL = "float", "double", "bool"
+DEFAULTS = {("alpha", "1.0"), ("value", "1.0")}
 SHAPES = {"dim", "ndim", "numel", "size", "shape"}
 
 
@@ -41,8 +42,8 @@ class Place(NamedTuple):
 
     @property
     def code(self) -> str:
-        # A comment that ends in a backslash would take the next line with it.
-        return linecache.getline(self.file, self.line).strip().rstrip("\\").rstrip()
+        # Without its comment, and no backslash at the end, which would take the next line with it.
+        return linecache.getline(self.file, self.line).partition(" # ")[0].strip().rstrip("\\").rstrip()
 
     def __str__(self) -> str:
         return f"line {self.line} of {self.file}, `{self.code}`"
@@ -101,7 +102,10 @@ class Value(fx.Proxy):
             raise Untraceable(
                 f"{here()} would keep today's value of a number for ever; write it in + - * / **"
             )
-        return float(bool(self))
+        raise Untraceable(
+            f"{here()} takes a number that only a kernel knows (its step, an RMS) out of it; write it in "
+            "+ - * / **, and a schedule in lr"
+        )
 
     __int__ = __index__ = __float__
 
@@ -163,7 +167,9 @@ class Tracer(fx.proxy.TracerBase):
             self.conditions[proxy.node.text] = bool(proxy.node.value)
             return bool(proxy.node.value)
         if proxy.node.is_scalar:
-            raise Untraceable(f"{here()} chooses by what only a kernel knows: its step, a size")
+            raise Untraceable(
+                f"{here()} chooses by what only a kernel knows (its step, an RMS); a schedule belongs in lr"
+            )
         raise TypeError(
             f"{here()} depends on a tensor's values; a rule may choose by torch.where, not by `if`"
         )
@@ -177,8 +183,8 @@ class Tracer(fx.proxy.TracerBase):
             raise Untraceable(f"{here()} has {x!r} where the kernels need a number")
         if x not in _frame().f_code.co_consts:
             raise Untraceable(
-                f"{here()} has {x!r}, which is not written there: the kernel would keep it for ever; make "
-                "it an argument of the rule"
+                f"{here()} takes {x!r} from elsewhere, and a kernel would keep it for ever; make it an "
+                "argument of the rule, or write it there"
             )
         return Number(x, repr(float(x)))
 
@@ -205,21 +211,25 @@ class Tracer(fx.proxy.TracerBase):
                 raise Untraceable(f"{place} takes a power other than {', '.join(POWERS)}")
             word, nodes = POWERS[power], nodes[:1]
         if word not in TEXTS:
-            raise Untraceable(f"{place} uses {word}, which the kernels do not know")
+            raise Untraceable(
+                f"{place} uses {word}, which the kernels do not know: they know {', '.join(TEXTS)}"
+            )
         try:
             inspect.signature(TEXTS[word]).bind(*nodes, **options)
         except TypeError as error:
             raise Untraceable(f"{place} uses {word} otherwise than the kernels know: {error}") from None
         if target is g:
             raise TypeError(f"{place} changes the gradient, which a rule must leave as it is")
+        used = [x for x in (*nodes, *options.values()) if isinstance(x, Variable)]
+        kinds = {x.kind for x in used}
+        if kinds == {DOUBLE} and word not in (*SIGNS, "neg", "abs"):
+            raise TypeError(f"{place} uses {word} on numbers, as step is one; for them are + - * / **")
         if isinstance(target, Variable):
             out = target
         else:
-            variables = [x for x in (*nodes, *options.values()) if isinstance(x, Variable)]
-            kinds = {x.kind for x in variables}
             kind = BOOL if word in BOOLS else DOUBLE if kinds == {DOUBLE} else FLOAT
-            out = Variable(kind=kind, is_scalar=all(x.is_scalar for x in variables))
-        options = {key: x for key, x in options.items() if getattr(x, "text", "") != "1.0"}  # the default
+            out = Variable(kind=kind, is_scalar=all(x.is_scalar for x in used))
+        options = {key: x for key, x in options.items() if (key, getattr(x, "text", "")) not in DEFAULTS}
         for x in (*nodes, *options.values()):
             if isinstance(x, Number):
                 self.numbers.setdefault(x.text, len(self.numbers))

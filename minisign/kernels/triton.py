@@ -10,7 +10,7 @@ from minisign.kernels.table import Form, P
 # Words that Triton has itself; its interpreter knows them by these names only.
 WORDS = {"abs_of": "tl.abs", "exp_of": "tl.exp", "log_of": "tl.log", "chosen": "tl.where"}
 TEXT = """\
-# Made from {origin}.
+# Made from {origin}.{rows}
 from minisign.kernels.words import *
 
 
@@ -62,7 +62,10 @@ def write(program: Program, form: Form) -> str:
         for x, text in (("k", "numbers.k[{i}]"), ("d", "wide(numbers.k[{i}], numbers.rest[{i}])"))
         if re.search(rf"\b{x}{i}\b", "\n".join(body))
     ]
-    return TEXT.format(origin=program.origin, lines="\n    ".join(numbers + body))
+    rows = f"\n# For the rows of a tensor: words.py takes {'those that have a gradient' if form.sought else 'each'}."
+    return TEXT.format(
+        origin=program.origin, rows=rows if form.rows else "", lines="\n    ".join(numbers + body)
+    )
 
 
 def _said(code: str, comment: str) -> str:

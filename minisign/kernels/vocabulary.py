@@ -18,6 +18,11 @@ def _scaled(a: str, by: str) -> str:
     return a if by == ONE else f"{a} * {by}"
 
 
+def _clamped(x: str, min: str = "", max: str = "") -> str:
+    x = f"larger_of({x}, {min})" if min else x
+    return f"smaller_of({x}, {max})" if max else x
+
+
 TEXTS: dict[str, Callable[..., str]] = {
     "clone": lambda x: x,
     "copy": lambda x, other: other,
@@ -41,6 +46,7 @@ TEXTS: dict[str, Callable[..., str]] = {
     "addcdiv": lambda x, a, b, value=ONE: f"{x} + divided({_scaled(a, value)}, {b})",
     "maximum": lambda x, y: f"larger_of({x}, {y})",
     "minimum": lambda x, y: f"smaller_of({x}, {y})",
+    "clamp": _clamped,
     "where": lambda mask, x, y: f"chosen({mask}, {x}, {y})",
     "gt": lambda x, y: f"{x} > {y}",
     "ge": lambda x, y: f"{x} >= {y}",
@@ -56,7 +62,13 @@ TEXTS: dict[str, Callable[..., str]] = {
 BOOLS = {"gt", "ge", "lt", "le", "eq", "ne", "logical_and", "logical_or", "logical_not"}
 MASKS = {"where": 1, "logical_and": 2, "logical_or": 2, "logical_not": 1}
 # Other names of the same: those of Python's signs, in the module `operator`, and of functions.
-SAME = {"truediv": "div", "and": "logical_and", "or": "logical_or", "invert": "logical_not"}
+SAME = {
+    "truediv": "div",
+    "clip": "clamp",
+    "and": "logical_and",
+    "or": "logical_or",
+    "invert": "logical_not",
+}
 POWERS = {"2.0": "square", "0.5": "sqrt", "-0.5": "rsqrt"}  # of an entry, by exponent, as in torch
 SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/", "pow": "**"} | {
     "gt": ">", "ge": ">=", "lt": "<", "le": "<=", "eq": "==", "ne": "!=",

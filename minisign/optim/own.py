@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import wraps
 from typing import Any
 
 from minisign.engine.optimizer import Optimizer, Params
@@ -37,37 +38,58 @@ def optimizer(
             chooses by the values of a tensor (``if``).
         ValueError: a default outside its bounds, when an optimizer is made.
     """
-    if not inspect.isfunction(rule):
+    if not inspect.isfunction(rule) or rule.__name__ == "<lambda>":
         raise TypeError(f"a rule is a function made by def, got {rule!r}")
+    if isinstance(buffers, str):
+        raise TypeError(f"buffers must be names in a tuple, got {buffers!r}")
     parameters = inspect.signature(rule).parameters.values()
     tensors = [x.name for x in parameters if x.kind is x.POSITIONAL_OR_KEYWORD]
     named = {x.name for x in parameters if x.kind is x.KEYWORD_ONLY}
     if len(tensors) != 2 + len(buffers):
         raise TypeError(
-            f"{rule.__name__}({', '.join(tensors)}, *, …) has {len(tensors) - 2} buffers after p, g, and "
-            f"buffers={buffers!r} names {len(buffers)}"
+            f"{rule.__name__} has {', '.join(tensors) or 'nothing'} before its *, where p, g "
+            f"and each name in buffers={buffers!r} have a place; numbers stand after the *"
         )
     if named - {"step"} != set(numbers):
         wrong = sorted((named - {"step"}) ^ set(numbers))[0]
         raise TypeError(
             f"{rule.__name__} has no argument {wrong}" if wrong in numbers
-            else f"{rule.__name__} takes {wrong}, which has no default: optimizer(…, {wrong}=…)"
+            else f"{rule.__name__} takes {wrong}: give its default as optimizer(…, {wrong}=…)"
         )  # fmt: skip
     floats = {key: float(x) if isinstance(x, (int, float)) else x for key, x in numbers.items()}
     try:
-        trace(rule, floats, {"step": DOUBLE} if "step" in named else {})
-        is_known = True
+        made, is_known = trace(rule, floats, {"step": DOUBLE} if "step" in named else {}), True
+        if not any(line.out is made.inputs[0] for line in made.lines):
+            raise TypeError(
+                f"{rule.__name__} never changes {tensors[0]}: `{tensors[0]} = …` makes another tensor, "
+                "only a method that ends in an underscore writes to it"
+            )
     except Untraceable:  # fused=True will say which line; the plain road can do all that tensors can
-        is_known = False
+        rule, is_known = _watched(rule), False
 
     def init(self: Optimizer, params: Params, **given: Any) -> None:
         own = {key: given.pop(key, default) for key, default in numbers.items()}
         Optimizer.__init__(self, params, own, given)  # type: ignore[arg-type]
 
-    known = {"lr": FROM_0} | {x: BETA for x in numbers if x.startswith("beta")}
+    known: dict[str, Any] = {"lr": FROM_0} | {x: BETA for x in numbers if x.startswith("beta")}
+    known |= {key: bool for key, x in numbers.items() if isinstance(x, bool)}
     known |= bounds or {}
     body = dict(
         __doc__=rule.__doc__, __module__=rule.__module__, __init__=init, rule=staticmethod(rule),
         buffers=tuple(buffers), bounds={key: known.get(key) for key in numbers}, is_known=is_known,
     )  # fmt: skip
     return type(name or "".join(map(str.capitalize, rule.__name__.split("_"))), (Optimizer,), body)
+
+
+def _watched(rule: Rule) -> Rule:
+    """A rule that was not traced to its end; it may yet change the gradient."""
+
+    @wraps(rule)
+    def watched(p: Any, g: Any, *buffers: Any, **numbers: Any) -> None:
+        tensors = getattr(g, "tensors", [g])  # of a list
+        before = [x._version for x in tensors]
+        rule(p, g, *buffers, **numbers)
+        if before != [x._version for x in tensors]:
+            raise TypeError(f"{rule.__name__} changes the gradient, which a rule must leave as it is")
+
+    return watched
