@@ -61,6 +61,7 @@ class Owner(ExactOptimizer):
         bounds: of each number (options.py). ``betas`` are the rule's ``beta1``,
             ``beta2``, …
         own: numbers that :meth:`own_numbers` may give; the rule asks nothing of them (``if``).
+        asks: words of ``rms`` that stand in the rule itself, not among its numbers.
         counts: the rule has the number of its step.
         is_known: it does nothing but what lists of tensors and the kernels know.
     """
@@ -69,6 +70,7 @@ class Owner(ExactOptimizer):
     buffers: ClassVar[tuple[str, ...]] = ("momentum",)
     bounds: ClassVar[Mapping[str, Any]]
     own: ClassVar[tuple[str, ...]] = ()
+    asks: ClassVar[frozenset[str]] = frozenset()
     counts: ClassVar[bool] = False
     is_known: ClassVar[bool] = True
 

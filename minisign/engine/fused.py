@@ -28,9 +28,10 @@ from minisign.engine.rows import forget_rows, recorded_rows
 from minisign.engine.words import WORDS, Rule
 from minisign.engine.work import Group, Work, look, numbers_of
 from minisign.kernels import cpp, triton
+from minisign.kernels.nodes import DOUBLE, FLOAT
 from minisign.kernels.program import Program, program
 from minisign.kernels.table import TYPES, Call, Item, Launch, launches
-from minisign.kernels.trace import DOUBLE, FLOAT, Untraceable
+from minisign.kernels.trace import Untraceable
 
 _PROGRAMS: dict[Any, list[Program]] = {}
 
@@ -64,7 +65,7 @@ def program_of(part: Part, counts: bool) -> Program:
     words = {name: x for name, x in numbers.items() if name not in floats and name not in scalars}
     key = (part.rule, *floats, *words.items(), *scalars.items())
     for made in _PROGRAMS.setdefault(key, []):
-        if made.answers(**floats) == tuple(made.trace.conditions.values()):
+        if made.is_for(floats):
             return made
     made = program(part.rule, floats | words, scalars)
     _PROGRAMS[key].append(made)
@@ -132,9 +133,10 @@ def _run(optimizer: Owner, group: Group, part: Part, launch: Launch, cache: dict
         grad_scale=getattr(optimizer, "grad_scale", None),
         found_inf=getattr(optimizer, "found_inf", None),
     )
-    if "module" not in cache:
-        cache["module"] = kernels.backend(group["fused"], launch.device)
-    cache["module"].step(made, launch, call, cache)
+    which = group["fused"], launch.device
+    if which not in cache:
+        cache[which] = kernels.backend(*which)
+    cache[which].step(made, launch, call, cache)
     launch.gradients.clear()
 
 
@@ -163,6 +165,8 @@ class Plan:
             return False
         if list(map(_SHAPE, gs)) != list(map(_SHAPE, params)) or not all(map(_CONTIGUOUS, gs)):
             return False
+        if any(map(Tensor.is_neg, gs)):
+            return False
         for _, launch, members in self.jobs:
             mine = gs if len(members) == len(gs) else [gs[i] for i in members]
             if {TYPES.get(dtype) for dtype in set(map(_DTYPE, mine))} != {launch.form.types[1]}:
@@ -186,10 +190,10 @@ def _signature(optimizer: Owner, group: Group, own: list[Group]) -> list[Any]:
     masks = [recorded_rows(p) for p in params] if group["lazy"] == "ids" else []
     places = params + tensors + masks  # of which a user may replace some in place
     return [
-        *(group[name] for name in options), group["shrink"] is None,
+        *(group[name] for name in (*options, *optimizer.own)), group["shrink"] is None,
         getattr(optimizer, "found_inf", None) is None, *(x if isinstance(x, str) else id(x) for x in words),
         *map(id, params), *map(id, states), *map(id, tensors),
-        *map(_PLACE, places), *map(_SHAPE, places), *map(_CONTIGUOUS, places),
+        *map(_PLACE, places), *map(_SHAPE, places), *map(_DTYPE, places), *map(_CONTIGUOUS, places),
     ]  # fmt: skip
 
 
@@ -231,11 +235,11 @@ def _item(optimizer: Owner, group: Group, numbers: Group, work: Work) -> tuple[P
     where the kernels cannot take it."""
     p, g, parameter = work.p, work.g, work.parameter
     lazy = g.layout != torch.strided or bool(group["lazy"])
-    words = {x for x in numbers.values() if x in WORDS}
+    words = {*optimizer.asks, *(x for x in numbers.values() if x in WORDS)}
     if lazy and (group["lazy_momentum"] != "freeze" or group["accumulate"] > 1 or "rms" in words):
         # Every row's momentum decays; rows of a cycle are remembered; rows would wait for the matrix.
         return None
-    by_rows, rows = lazy or ("row_rms" in words and p.dim() >= 2 and work.rule is not take), None
+    by_rows, rows = lazy or ("row_rms" in words and work.rule is not take), None
     if g.layout != torch.strided:
         rows, g = sparse_rows(p, g)
     elif group["lazy"] == "ids":
@@ -268,7 +272,7 @@ def _overlaps(item: Item, taken: list[tuple[int, int]]) -> bool:
 
 def _takes(p: Tensor, g: Tensor, buffers: Sequence[Tensor], by_rows: bool) -> bool:
     """Whether the kernels can step on these: dense, of one memory order, float32, bfloat16 or float16."""
-    if p.dtype not in TYPES or g.dtype not in TYPES or g.device != p.device:
+    if p.dtype not in TYPES or g.dtype not in TYPES or g.device != p.device or g.is_neg():
         return False
     if len({b.dtype for b in buffers}) > 1 or any(
         b.dtype not in TYPES or b.device != p.device for b in buffers

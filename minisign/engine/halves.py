@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from minisign.engine.lists import Tensors
+from minisign.engine.lists import as_list
 from minisign.engine.tried import keep_and_weight
 from minisign.engine.words import Rule
 
@@ -39,9 +39,7 @@ def move(rule: Rule) -> Rule:
 
     @wraps(rule)
     def half(p: Any, g: Any, m: Any, **numbers: Any) -> None:
-        if isinstance(m, Tensor):
-            p, g, m = Tensors([p]), Tensors([g]), Tensors([m])
-        rule(p, g, m.fixed(), **numbers)
+        rule(as_list(p), as_list(g), as_list(m).fixed(), **numbers)
 
     return half
 

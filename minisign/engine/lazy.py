@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minisign.engine import halves, roads, tried
-from minisign.engine.rows import take_rows
+from minisign.engine.rows import forget_rows, take_rows
 from minisign.engine.shards import like_rows, local
 from minisign.engine.words import rms
 from minisign.engine.work import Work
@@ -36,6 +36,8 @@ def step_rows(work: Work, group: Mapping[str, Any]) -> None:
 def moving_rows(p: Tensor, g: Tensor, group: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Indices [U], sorted, of the rows that a lazy or sparse step moves, and their gradient [U, …]."""
     if g.layout != torch.strided:
+        if group["lazy"] == "ids":
+            forget_rows(p)
         rows, values = sparse_rows(p, g)
         if group["lazy"] == "grad":
             keep = nonzero_rows(values)

@@ -36,6 +36,8 @@ class Tensors:
     def __getattr__(self, name: str) -> Callable[..., Tensors]:
         if name.startswith("__"):
             raise AttributeError(name)
+        if name in ("shape", "ndim", "dim", "size", "numel", "device") and len(self.tensors) == 1:
+            return getattr(self.tensors[0], name)
         return partial(self._do, name)
 
     def _do(self, name: str, *arguments: Any, **factors: Any) -> Tensors:
@@ -46,7 +48,7 @@ class Tensors:
             if isinstance(factor, (Tensor, Tensors)):
                 return self._with_factor(name, factor, *arguments)
         together = getattr(torch, f"_foreach_{name}", None)
-        shaped = any(isinstance(x, Tensor) for x in arguments)
+        shaped = any(isinstance(x, Tensor) or (factors and not isinstance(x, Tensors)) for x in arguments)
         if together is None or shaped or torch.is_grad_enabled():  # no such word for lists, or no gradient
             done = self._each(lambda x, *own: getattr(x, name)(*own, **factors), self, *arguments)
             return self if in_place else done
@@ -79,12 +81,18 @@ class Tensors:
         raise TypeError("a rule depends on a tensor's values; it may choose by torch.where, not by `if`")
 
 
+def as_list(x: Any) -> Any:
+    """A tensor as a list of one, so that factors may be tensors."""
+    return Tensors([x]) if isinstance(x, Tensor) else x
+
+
 def _signs() -> None:
     """Python's signs. Those that torch has no word for on lists are done to each by itself."""
     for name, word in {"add": "add", "sub": "sub", "mul": "mul", "truediv": "div", "pow": "pow"}.items():
         setattr(Tensors, f"__{name}__", lambda a, b, w=word: a._do(w, b))
         setattr(Tensors, f"__i{name}__", lambda a, b, w=word: a._do(f"{w}_", b))
-    for name in "radd rsub rmul rtruediv rpow lt le gt ge eq ne and or neg abs invert".split():
+    single = "radd rsub rmul rtruediv rpow mod rmod floordiv rfloordiv lt le gt ge eq ne and or iand ior"
+    for name in f"{single} neg abs invert".split():
         sign = f"__{name}__"
         setattr(Tensors, sign, lambda *xs, s=sign: Tensors._each(lambda x, *own: getattr(x, s)(*own), *xs))
 

@@ -14,16 +14,14 @@ from minisign.engine.words import Rule
 
 
 def keep_and_weight(rule: Rule, numbers: Mapping[str, Any]) -> tuple[float, float]:
-    """What a step keeps of a momentum, and the weight of the gradient in it."""
-    return _keep_and_weight(rule, tuple(_on_host(numbers).items()))
+    """What a step keeps of a momentum, and the weight of the gradient in it.
 
-
-@lru_cache  # of a group's parameters all ask the same
-def _keep_and_weight(rule: Rule, numbers: tuple[tuple[str, Any], ...]) -> tuple[float, float]:
-    g = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
-    m = 1 - g
-    _try(rule, (torch.zeros_like(g), g, m), dict(numbers))
-    keep, weight = m.flatten().tolist()
+    Raises:
+        ValueError: with these numbers the rule is not linear.
+    """
+    keep, weight, why_not = _halves(rule, tuple(_on_host(numbers).items()))
+    if why_not:
+        raise ValueError(f"{rule.__name__} cannot be taken in halves: it {why_not}")
     return keep, weight
 
 
@@ -33,18 +31,30 @@ def why_not_linear(rule: Rule, buffers: int, numbers: Mapping[str, Any]) -> str:
         return f"has {buffers} buffers"
     if "step" in numbers:
         return "counts its steps"
+    return _halves(rule, tuple(_on_host(numbers).items()))[2]
+
+
+@lru_cache  # of a group's parameters all ask the same
+def _halves(rule: Rule, numbers: tuple[tuple[str, Any], ...]) -> tuple[float, float, str]:
+    one = torch.ones(1, 1, dtype=torch.float64)
+    kept, weighted = one.clone(), one * 0
+    _try(rule, (one * 0, one * 0, kept), dict(numbers))
+    _try(rule, (one * 0, one, weighted), dict(numbers))
+    keep, weight = kept.item(), weighted.item()
     p, g, m = _random(3)
     sizes = torch.logspace(-6, 6, len(g), dtype=torch.float64).unsqueeze(1)
     g, m = g * sizes, m * sizes.flip(0)
-    keep, weight = keep_and_weight(rule, numbers)
     taken, moved, alone = m.clone(), p.clone(), p.clone()
-    _try(rule, (moved, g, taken), numbers)
+    _try(rule, (moved, g, taken), dict(numbers))
     if not torch.allclose(taken, keep * m + weight * g, rtol=1e-9, atol=1e-12):
-        return "has a momentum that is not linear in the gradient"
-    _try(rule, (alone, torch.full_like(g, torch.nan), taken), numbers, is_fixed=True)
-    if torch.equal(moved, alone):
-        return ""
-    return "moves by more than the momentum: by the gradient, or an older momentum"
+        return keep, weight, "has a momentum that is not linear in the gradient"
+    _try(rule, (alone, torch.full_like(g, torch.nan), taken), dict(numbers), is_fixed=True)
+    by_more = (
+        ""
+        if torch.equal(moved, alone)
+        else "moves by more than the momentum: the gradient, or an older one"
+    )
+    return keep, weight, by_more
 
 
 def left(rule: Rule, buffers: int, numbers: Mapping[str, Any]) -> list[float]:

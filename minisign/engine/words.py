@@ -17,7 +17,8 @@ def rms(p: Any, over: Any = "rms") -> Any:
 
     Args:
         p: the parameter, before anything has changed it.
-        over: "rms", one number for the tensor; "row_rms", one for each row, [V, 1, …]; a number, itself.
+        over: "rms", one number for the tensor; "row_rms", one for each row, [V, 1, …], and for a tensor of
+            fewer than two dimensions, which is one row; a number, itself.
     """
     if not isinstance(over, str):
         return over
@@ -25,7 +26,7 @@ def rms(p: Any, over: Any = "rms") -> Any:
         return p.rms(over)
     if torch.is_grad_enabled():
         p = p.clone()  # differentiable steps: θ is about to change, autograd must keep what it was
-    by_row = over == "row_rms"
+    by_row = over == "row_rms" and p.dim() > 1
     dims = tuple(range(int(by_row), p.dim()))
     dtype = torch.promote_types(p.dtype, torch.float32)
     norm = torch.linalg.vector_norm(p, dim=dims, keepdim=by_row, dtype=dtype)

@@ -18,6 +18,7 @@ from minisign.engine.words import Rule
 
 Group: TypeAlias = dict[str, Any]
 _GRADIENT = attrgetter("grad")
+_PLAIN = {float, int, str, bool}
 
 
 class Guard(NamedTuple):
@@ -61,6 +62,7 @@ def look(
     numbers, counts = numbers_of(optimizer, group), optimizer.counts or group["stochastic_rounding"]
     guard = None if group["shrink"] is None else Guard(group["shrink"], group["center"])
     names, own, overlaps = optimizer.buffers, optimizer.own, torch._debug_has_internal_overlap
+    asks_whole = "rms" in optimizer.asks or not optimizer.is_known
     works = []
     if given is None:
         given = list(zip(group["params"], map(_GRADIENT, group["params"]), strict=True))
@@ -69,7 +71,7 @@ def look(
             g = _missing(optimizer, p, group)
         if g is None:
             continue
-        if not optimizer.is_known and (sharded or group["lazy"] or g.layout != torch.strided):
+        if asks_whole and (sharded or group["lazy"] or g.layout != torch.strided):
             _check_goes_by_rows(optimizer, numbers)
         state = optimizer.state[p] or new_state(optimizer, p, group)
         shape, x, buffers = p.shape, p, [state[name] for name in names]
@@ -99,10 +101,11 @@ def numbers_of(optimizer: Owner, group: Group) -> Group:
     """The rule's numbers that all parameters of a group share."""
     found = {name: group[name] for name in optimizer.bounds if name != "betas"}
     found |= {f"beta{i}": beta for i, beta in enumerate(group.get("betas", ()), start=1)}
-    lr = group.get("lr")
-    if isinstance(lr, Tensor):  # a number, unless a CUDA graph, a kernel or autograd has to see the tensor
-        seen = group["capturable"] or group["differentiable"] or (group["fused"] and lr.is_cuda)
-        found["lr"] = lr if seen else lr.item()
+    for name, x in found.items():
+        if type(x) not in _PLAIN:  # a tensor, or NumPy's, from a schedule
+            # A number, unless a CUDA graph, a kernel or autograd has to see the tensor.
+            seen = group["capturable"] or group["differentiable"] or (group["fused"] and x.is_cuda)
+            found[name] = x if name == "lr" and isinstance(x, Tensor) and seen else x.item()
     return found
 
 
@@ -118,7 +121,8 @@ def _check_goes_by_rows(optimizer: Owner, numbers: Group) -> None:
     if not goes_by_rows(optimizer.rule, len(optimizer.buffers), numbers):
         raise ValueError(
             f"{type(optimizer).__name__} cannot step on some rows only, as lazy and sparse gradients and "
-            "sharded parameters ask: its rule makes one row depend on the others"
+            "sharded parameters ask: its rule makes a row depend on others (for an RMS of the whole tensor "
+            'make the word an argument: scale="rms")'
         )
 
 

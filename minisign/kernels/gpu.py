@@ -89,6 +89,8 @@ def _launch(
     )
     kernel = words.step[(len(table.owners),)]
     made = constants(program, form, launch.width, aligned)
+    if not len(table.owners):
+        return
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         if form.guard or (program.size == "tensor" and not form.rows):
             table.squares.zero_()

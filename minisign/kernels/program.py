@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
-from minisign.kernels.trace import BOOL, DOUBLE, Line, Node, Number, Place, Tracer, Variable, trace
-from minisign.kernels.vocabulary import MASKS, TEXTS
+from minisign.kernels.nodes import BOOL, DOUBLE, Line, Node, Number, Variable
+from minisign.kernels.source import Place
+from minisign.kernels.trace import Tracer, trace
+from minisign.kernels.vocabulary import BOOLS, MASKS, TEXTS
 
 SIZES = {"rms": "tensor", "row_rms": "row"}  # whose RMS the words ask for
 
@@ -32,11 +34,14 @@ class Program:
         return self._function(self.trace.numbers)
 
     @cached_property
-    def answers(self) -> Callable[..., tuple[bool, ...]]:
-        """From the rule's numbers to what it asks of them; it is this program's if all are as they were."""
-        return self._function(self.trace.conditions)
+    def _asked(self) -> list[tuple[Callable[..., Any], bool]]:
+        return [(self._function((text,)), answer) for text, answer in self.trace.conditions.items()]
 
-    def _function(self, expressions: Any) -> Callable[..., Any]:
+    def is_for(self, numbers: Mapping[str, float]) -> bool:
+        """Whether what the rule asks of its numbers has the answers that it had."""
+        return all(bool(*asked(**numbers)) == answer for asked, answer in self._asked)
+
+    def _function(self, expressions: Iterable[str]) -> Callable[..., Any]:
         made: Callable[..., Any] = eval(
             f"lambda {', '.join(self.names)}: ({''.join(f'{x}, ' for x in expressions)})"
         )
@@ -81,9 +86,10 @@ class Program:
                 return f"float_of({x.name})"
             return f"float_of({x.name})" if x.kind == DOUBLE and not wide else x.name
 
-        masks = MASKS.get(line.word, 0)
+        masks = 1 if line.word == "clone" and line.out.kind == BOOL else MASKS.get(line.word, 0)
         given = [spelled(x, i < masks) for i, x in enumerate(line.arguments)]
-        return TEXTS[line.word](*given, **{key: spelled(x, False) for key, x in line.options.items()})
+        text = TEXTS[line.word](*given, **{key: spelled(x, False) for key, x in line.options.items()})
+        return f"float_of({text})" if line.word in BOOLS and line.out.kind != BOOL else text
 
 
 def program(rule: Callable[..., None], numbers: Mapping[str, Any], scalars: Mapping[str, str]) -> Program:

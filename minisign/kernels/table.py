@@ -67,12 +67,13 @@ class Item(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Of a row; 0: not by rows."""
-        return math.prod(self.p.shape[1:]) if self.by_rows else 0
+        """Of a row, which a tensor of fewer than two dimensions has one of; 0: not by rows."""
+        return math.prod(self.p.shape[self.p.dim() > 1 :]) if self.by_rows else 0
 
     def columns(self) -> list[int]:
         """Its line."""
-        count = len(self.p if self.rows is None else self.rows) if self.by_rows else 0
+        rows = len(self.p) if self.p.dim() > 1 else 1
+        count = (rows if self.rows is None else len(self.rows)) if self.by_rows else 0
         step, rows, *tensors = (
             0 if x is None else x.data_ptr() for x in (self.step, self.rows, self.p, self.g, *self.buffers)
         )
@@ -103,10 +104,10 @@ class Launch:
 def launches(
     pairs: Sequence[tuple[Item, Any]], guard: bool, rounded: bool
 ) -> list[tuple[Launch, list[Any]]]:
-    """Items by device and form, without empty ones, and with each launch what came with its items."""
+    """Items by device and form, and what came with them; empty ones only where they count their steps."""
     kinds: dict[Any, list[tuple[Item, Any]]] = {}
     for item, other in pairs:
-        if item.p.numel() and (item.rows is None or len(item.rows)):
+        if item.step is not None or (item.p.numel() and (item.rows is None or len(item.rows))):
             kinds.setdefault((item.form(guard, rounded), item.p.device), []).append((item, other))
     return [
         (Launch(form, [item for item, _ in members]), [other for _, other in members])

@@ -10,23 +10,24 @@ The stand-ins are ``torch.fx``'s proxies, which hand every method, sign and func
 
 from __future__ import annotations
 
-import ast
 import inspect
-import linecache
+import math
 import operator
-import sys
-import textwrap
+import re
+import traceback
 from collections.abc import Callable, Mapping
 from itertools import count
-from types import FrameType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
+import torch
 from torch import fx
 
+from minisign.kernels.nodes import BOOL, DOUBLE, FLOAT, Line, Node, Number, Variable
+from minisign.kernels.source import Place, assigned, frame_of_rule, here, is_written_in
 from minisign.kernels.vocabulary import BOOLS, POWERS, RESERVED, SAME, SIGNS, TEXTS
 
-FLOAT, DOUBLE, BOOL = "float", "double", "bool"
 DEFAULTS = {("alpha", "1.0"), ("value", "1.0")}
+SIZES = {"rms", "row_rms"}
 SHAPES = {"dim", "ndim", "numel", "size", "shape"}
 
 
@@ -34,56 +35,8 @@ class Untraceable(Exception):
     """A rule does something that the kernels do not know; the message has the line."""
 
 
-class Place(NamedTuple):
-    """A line of a rule."""
-
-    file: str
-    line: int
-
-    @property
-    def code(self) -> str:
-        # Without its comment, and no backslash at the end, which would take the next line with it.
-        return linecache.getline(self.file, self.line).partition(" # ")[0].strip().rstrip("\\").rstrip()
-
-    def __str__(self) -> str:
-        return f"line {self.line} of {self.file}, `{self.code}`"
-
-
-class Number:
-    """A number of a rule: its value now, as in Python, and the expression that gives it at any step."""
-
-    def __init__(self, value: float, text: str) -> None:
-        self.value, self.text = value, text
-
-
-class Variable:
-    """Of a kernel.
-
-    Attributes:
-        kind: of an entry. is_scalar: it is one for a whole tensor (the number of its step, its RMS), and so
-            is what follows from such.
-    """
-
-    def __init__(self, name: str = "", kind: str = FLOAT, is_scalar: bool = False) -> None:
-        self.name, self.kind, self.is_scalar = name, kind, is_scalar
-
-
-Node: TypeAlias = Number | Variable
-
-
-class Line(NamedTuple):
-    """``out`` becomes ``word(*arguments, **options)``."""
-
-    out: Variable
-    is_new: bool
-    word: str
-    arguments: tuple[Node, ...]
-    options: dict[str, Node]
-    place: Place
-
-    @property
-    def variables(self) -> list[Variable]:
-        return [x for x in (*self.arguments, *self.options.values()) if isinstance(x, Variable)]
+class Forbidden(TypeError):
+    """A rule does something that no rule may do; the message has the line."""
 
 
 class Value(fx.Proxy):
@@ -113,11 +66,19 @@ class Value(fx.Proxy):
         raise Untraceable(f"{here()} writes to some entries only, which the kernels do not know")
 
 
-for _sign in ("add", "sub", "mul", "truediv"):  # p += … is p.add_(…); fx has no word for it
-    _word = f"{SAME.get(_sign, _sign)}_"
-    setattr(
-        Value, f"__i{_sign}__", lambda a, b, w=_word: a.tracer.create_proxy("call_method", w, (a, b), {})
-    )
+def _in_place(sign: str) -> Callable[[Any, Any], Any]:
+    """p += … is p.add_(…), for which fx has no word; of a number it is another number."""
+
+    def do(a: Any, b: Any) -> Any:
+        if isinstance(a.node, Number) or a.node.kind == DOUBLE:
+            return getattr(operator, f"__{sign}__")(a, b)
+        return a.tracer.create_proxy("call_method", f"{SAME.get(sign, sign)}_", (a, b), {})
+
+    return do
+
+
+for _sign in ("add", "sub", "mul", "truediv", "pow", "and", "or"):
+    setattr(Value, f"__i{_sign}__", _in_place(_sign))
 
 
 class Tracer(fx.proxy.TracerBase):
@@ -143,7 +104,7 @@ class Tracer(fx.proxy.TracerBase):
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *_: Any, **__: Any) -> Any:
         name = target if isinstance(target, str) else target.__name__
-        in_place = kind == "call_method" and name.endswith("_")
+        in_place = name.endswith("_") and getattr(operator, name, None) is not target
         word = SAME.get(name.strip("_"), name.strip("_"))
         if word == "rms":
             return self._rms(*args)
@@ -155,8 +116,8 @@ class Tracer(fx.proxy.TracerBase):
             word, args = "where", (mask, x, other) if word == "where" else (mask, other, x)
         if in_place and target.is_fixed:
             return target
-        if word == "to":  # a kernel computes in float32, whatever it is given
-            return args[0]
+        if word == "to":
+            return self._to(*args, **kwargs)
         nodes, options = tuple(map(self._node, args)), {key: self._node(x) for key, x in kwargs.items()}
         if all(isinstance(x, Number) for x in (*nodes, *options.values())):
             return Value(self._expression(word, *nodes), self)  # type: ignore[arg-type]
@@ -170,7 +131,7 @@ class Tracer(fx.proxy.TracerBase):
             raise Untraceable(
                 f"{here()} chooses by what only a kernel knows (its step, an RMS); a schedule belongs in lr"
             )
-        raise TypeError(
+        raise Forbidden(
             f"{here()} depends on a tensor's values; a rule may choose by torch.where, not by `if`"
         )
 
@@ -181,12 +142,12 @@ class Tracer(fx.proxy.TracerBase):
             return x.node  # type: ignore[return-value]
         if isinstance(x, bool) or not isinstance(x, (int, float)):
             raise Untraceable(f"{here()} has {x!r} where the kernels need a number")
-        if x not in _frame().f_code.co_consts:
+        if not is_written_in(frame_of_rule(), x) or not math.isfinite(x):
             raise Untraceable(
                 f"{here()} takes {x!r} from elsewhere, and a kernel would keep it for ever; make it an "
                 "argument of the rule, or write it there"
             )
-        return Number(x, repr(float(x)))
+        return Number(x, f"({float(x)!r})" if x < 0 else repr(float(x)))
 
     def _expression(self, word: str, a: Number, b: Number | None = None) -> Number:
         if b is None and word in ("neg", "abs"):
@@ -219,15 +180,23 @@ class Tracer(fx.proxy.TracerBase):
         except TypeError as error:
             raise Untraceable(f"{place} uses {word} otherwise than the kernels know: {error}") from None
         if target is g:
-            raise TypeError(f"{place} changes the gradient, which a rule must leave as it is")
+            raise Forbidden(f"{place} changes the gradient, which a rule must leave as it is")
         used = [x for x in (*nodes, *options.values()) if isinstance(x, Variable)]
         kinds = {x.kind for x in used}
         if kinds == {DOUBLE} and word not in (*SIGNS, "neg", "abs"):
-            raise TypeError(f"{place} uses {word} on numbers, as step is one; for them are + - * / **")
+            raise Forbidden(f"{place} uses {word} on numbers, as step is one; for them are + - * / **")
+        tensors = {x.kind for x in used if not x.is_scalar}
+        if tensors == {BOOL} and len(used) > 1 and word not in (*BOOLS, "where"):
+            raise Untraceable(f"{place} uses {word} on two masks")
+        if word.startswith("logical") and kinds != {BOOL}:
+            raise Untraceable(f"{place} uses {word} on what is no mask")
+        if isinstance(target, Variable) and target.is_scalar:
+            raise Untraceable(f"{place} changes a number in place, an RMS or lr; give the result a name")
         if isinstance(target, Variable):
             out = target
         else:
-            kind = BOOL if word in BOOLS else DOUBLE if kinds == {DOUBLE} else FLOAT
+            is_mask = word in BOOLS or (word == "clone" and kinds == {BOOL})
+            kind = BOOL if is_mask else DOUBLE if kinds == {DOUBLE} else FLOAT
             out = Variable(kind=kind, is_scalar=all(x.is_scalar for x in used))
         options = {key: x for key, x in options.items() if (key, getattr(x, "text", "")) not in DEFAULTS}
         for x in (*nodes, *options.values()):
@@ -236,11 +205,22 @@ class Tracer(fx.proxy.TracerBase):
         self.lines.append(Line(out, target is None, word, nodes, options, place))
         return Value(out, self)  # type: ignore[arg-type]
 
-    def _rms(self, proxy: Value, over: str) -> Value:
+    def _rms(self, proxy: Value, over: str = "rms") -> Value:
         asked: Any = proxy.node
         if asked is not self.inputs[0] or any(line.out is asked for line in self.lines):
             raise Untraceable(f"{here()} asks for another RMS than that of the parameter before it moves")
+        if set(self.scalars) & (SIZES - {over}):
+            raise Untraceable(f"{here()} asks for a second RMS, over other entries")
         return Value(self.scalars.setdefault(over, Variable("size", is_scalar=True)), self)  # type: ignore[arg-type]
+
+    def _to(self, x: Value, dtype: Any = None, **given: Any) -> Value:
+        """A kernel computes in float32, so what a rule widens or gives back its own type stays."""
+        dtype = given.get("dtype", dtype)
+        is_own = isinstance(dtype, fx.proxy.Attribute) and dtype.attr == "dtype"
+        if not is_own and dtype is not torch.float32:
+            raise Untraceable(f"{here()} changes the type of entries to {dtype}, in the middle of a step")
+        node: Any = x.node
+        return self._record("to", (node,), {}, None) if node.kind == BOOL else x
 
 
 def trace(
@@ -259,7 +239,7 @@ def trace(
     """
     made = Tracer()
     parameters = inspect.signature(rule).parameters.values()
-    names = [x.name for x in parameters if x.kind == x.POSITIONAL_OR_KEYWORD]
+    names = [x.name for x in parameters if x.kind in (x.POSITIONAL_ONLY, x.POSITIONAL_OR_KEYWORD)]
     made.inputs += [Variable(name) for name in names]
     made.scalars = {name: Variable(name, kind, is_scalar=True) for name, kind in scalars.items()}
     given = {
@@ -267,26 +247,27 @@ def trace(
         for name, x in numbers.items()
     }
     known = {name: Value(x, made) for name, x in made.scalars.items()}  # type: ignore[arg-type]
-    rule(*(Value(x, made) for x in made.inputs), **given, **known)  # type: ignore[arg-type]
+    try:
+        rule(*(Value(x, made) for x in made.inputs), **given, **known)  # type: ignore[arg-type]
+    except (Untraceable, Forbidden):
+        raise
+    except Exception as error:  # whatever it does that a stand-in cannot do
+        frames = traceback.extract_tb(error.__traceback__)
+        place = next(
+            (x for x in reversed(frames) if x.filename == inspect.unwrap(rule).__code__.co_filename),
+            frames[-1],
+        )
+        raise Untraceable(
+            f"{Place(place.filename, place.lineno or 0)} cannot be traced: {error}"
+        ) from error
     _name(made, rule)
     return made
 
 
 def _name(made: Tracer, rule: Callable[..., None]) -> None:
     """Variables are called as the rule calls them, where it does."""
-    rule = inspect.unwrap(rule)
-    try:
-        source = textwrap.dedent(inspect.getsource(rule))
-    except OSError:  # typed in, or made by exec
-        source = ""
-    tree, first = ast.parse(source), rule.__code__.co_firstlineno - 1
-    targets = {
-        number + first: node.targets[0].id
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-        for number in range(node.lineno, (node.end_lineno or node.lineno) + 1)
-    }
-    kept = {line.place: line.out for line in made.lines if line.place.file == rule.__code__.co_filename}
+    targets = assigned(rule)
+    kept = {line.place: line.out for line in made.lines if line.place.line in targets}
     wishes = {x: x.name for x in made.inputs}
     for line in made.lines:  # of several in a line of the rule, the last has its name
         if line.is_new:
@@ -295,23 +276,9 @@ def _name(made: Tracer, rule: Callable[..., None]) -> None:
             )
     taken = {*RESERVED, *(x.name for x in made.scalars.values())}
     for variable, wish in wishes.items():
-        variable.name = next(x for i in count(1) if (x := wish if i == 1 else f"{wish}{i}") not in taken)
+        if wish in RESERVED or not re.fullmatch(r"(?![kd]\d*$)[^\W\dA-Z][^\WA-Z]*", wish):
+            wish += "_"  # the numbers of a kernel are k0, d0, …, and macros have capital letters
+        variable.name = next(
+            x for i in count(1) if (x := wish if i == 1 else f"{wish}{i}") not in taken | RESERVED
+        )
         taken.add(variable.name)
-
-
-def here() -> Place:
-    """The line of a rule that is being carried out."""
-    frame = _frame()
-    return Place(frame.f_code.co_filename, frame.f_lineno)
-
-
-def _frame() -> FrameType:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_globals["__name__"] in (
-        __name__,
-        "torch.fx.proxy",
-        "minisign.engine.words",
-    ):
-        frame = frame.f_back
-    assert frame is not None
-    return frame

@@ -62,7 +62,7 @@ def write(program: Program, form: Form) -> str:
         for x, text in (("k", "numbers.k[{i}]"), ("d", "wide(numbers.k[{i}], numbers.rest[{i}])"))
         if re.search(rf"\b{x}{i}\b", "\n".join(body))
     ]
-    rows = f"\n# For the rows of a tensor: words.py takes {'those that have a gradient' if form.sought else 'each'}."
+    rows = f"\n# Row by row{', where one has a gradient' if form.sought else ''}: words.py sees to it."
     return TEXT.format(
         origin=program.origin, rows=rows if form.rows else "", lines="\n    ".join(numbers + body)
     )

@@ -25,6 +25,7 @@ def _clamped(x: str, min: str = "", max: str = "") -> str:
 
 TEXTS: dict[str, Callable[..., str]] = {
     "clone": lambda x: x,
+    "to": lambda x: x,
     "copy": lambda x, other: other,
     "add": lambda x, y, alpha=ONE: f"{x} + {y}" if alpha == ONE else f"fma({y}, {alpha}, {x})",
     "sub": lambda x, y, alpha=ONE: f"{x} - {y}" if alpha == ONE else f"fma({y}, -{alpha}, {x})",
@@ -75,11 +76,15 @@ SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/", "pow": "**"} | {
 }  # fmt: skip
 # No variable of a kernel is called so: what the writers and the languages need themselves.
 RESERVED = frozenset(
-    "abs_of chosen divided exp_of float_of fma inverse_of larger_of lerp log_of not_of power_of sign_of "
-    "smaller_of sqrt_of store tanh_of fetch B G I J N P S T key line mask move numbers size step tl "
-    "unscale finite and auto bool break case catch char class const continue default delete do double "
-    "else enum explicit export extern false float for friend goto if inline int long mutable namespace "
-    "new not operator or private protected public register return short signed sizeof static struct "
-    "switch template this throw true try typedef typename union unsigned using virtual void volatile "
-    "while".split()
+    "abs_of chosen divided exp_of fetch float_of fma inverse_of larger_of lerp log_of mix not_of power_of "
+    "sign_of smaller_of sqrt_of squares_of store tanh_of wide load look pointer own_number "
+    "line i g_i key mask known move numbers lr size step tl triton unscale finite start g_start "
+    "alignas alignof and and_eq asm auto bitand bitor bool break case catch char char16_t char32_t class "
+    "compl const const_cast constexpr continue decltype default delete do double dynamic_cast else enum "
+    "explicit export extern false float for friend goto if inline int long mutable namespace new noexcept "
+    "not not_eq nullptr operator or or_eq private protected public register reinterpret_cast return short "
+    "signed sizeof static static_assert static_cast struct switch template this thread_local throw true "
+    "try typedef typeid typename union unsigned using virtual void volatile wchar_t while xor xor_eq std "
+    "c10 False None True as assert async await def del elif except finally from global import in is lambda "
+    "nonlocal pass raise with yield range min max".split()
 )

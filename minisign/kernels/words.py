@@ -119,7 +119,9 @@ def smaller_of(a, b):
 
 @triton.jit
 def power_of(a, b):
-    return tl.exp2(b * tl.log2(a))
+    size = tl.where(b == 0, 1.0, tl.exp2(b * tl.log2(tl.abs(a))))
+    is_odd = tl.floor(b * 0.5) * 2 != b  # of a whole b; of another, a negative a has no power
+    return tl.where((a < 0) & is_odd, -size, size)
 
 
 @triton.jit

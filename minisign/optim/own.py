@@ -7,10 +7,16 @@ from collections.abc import Mapping
 from functools import wraps
 from typing import Any
 
+from torch import Tensor
+
+from minisign.engine.lists import Tensors, as_list
 from minisign.engine.optimizer import Optimizer, Params
-from minisign.engine.options import BETA, FROM_0
-from minisign.engine.words import Rule
-from minisign.kernels.trace import DOUBLE, Untraceable, trace
+from minisign.engine.options import BETA, FROM_0, defaults
+from minisign.engine.words import WORDS, Rule
+from minisign.kernels.nodes import DOUBLE
+from minisign.kernels.trace import Untraceable, trace
+
+TAKEN = ("step", "taken", "taken_rows")  # in a state
 
 
 def optimizer(
@@ -40,10 +46,14 @@ def optimizer(
     """
     if not inspect.isfunction(rule) or rule.__name__ == "<lambda>":
         raise TypeError(f"a rule is a function made by def, got {rule!r}")
-    if isinstance(buffers, str):
-        raise TypeError(f"buffers must be names in a tuple, got {buffers!r}")
+    if isinstance(buffers, str) or len({*buffers, *TAKEN}) < len(buffers) + len(TAKEN):
+        raise TypeError(f"buffers must be names in a tuple, each once and none of {TAKEN}, got {buffers!r}")
+    if reserved := sorted({*numbers, *(bounds or {})} & {*defaults({}, {}), "params", "betas"}):
+        raise TypeError(f"every optimizer has {reserved[0]}: call the number of {rule.__name__} otherwise")
+    if unknown := sorted(set(bounds or {}) - set(numbers)):
+        raise TypeError(f"bounds of {unknown[0]}, which is none of {', '.join(numbers)}")
     parameters = inspect.signature(rule).parameters.values()
-    tensors = [x.name for x in parameters if x.kind is x.POSITIONAL_OR_KEYWORD]
+    tensors = [x.name for x in parameters if x.kind in (x.POSITIONAL_ONLY, x.POSITIONAL_OR_KEYWORD)]
     named = {x.name for x in parameters if x.kind is x.KEYWORD_ONLY}
     if len(tensors) != 2 + len(buffers):
         raise TypeError(
@@ -57,13 +67,17 @@ def optimizer(
             else f"{rule.__name__} takes {wrong}: give its default as optimizer(…, {wrong}=…)"
         )  # fmt: skip
     floats = {key: float(x) if isinstance(x, (int, float)) else x for key, x in numbers.items()}
+    asks: frozenset[str] = frozenset()
     try:
         made, is_known = trace(rule, floats, {"step": DOUBLE} if "step" in named else {}), True
+        asks = frozenset(WORDS) & made.scalars.keys() - set(numbers.values())
         if not any(line.out is made.inputs[0] for line in made.lines):
             raise TypeError(
                 f"{rule.__name__} never changes {tensors[0]}: `{tensors[0]} = …` makes another tensor, "
                 "only a method that ends in an underscore writes to it"
             )
+        if "row_rms" in asks:
+            rule = _on_lists(rule)
     except Untraceable:  # fused=True will say which line; the plain road can do all that tensors can
         rule, is_known = _watched(rule), False
 
@@ -77,6 +91,7 @@ def optimizer(
     body = dict(
         __doc__=rule.__doc__, __module__=rule.__module__, __init__=init, rule=staticmethod(rule),
         buffers=tuple(buffers), bounds={key: known.get(key) for key in numbers}, is_known=is_known,
+        asks=asks,
     )  # fmt: skip
     return type(name or "".join(map(str.capitalize, rule.__name__.split("_"))), (Optimizer,), body)
 
@@ -86,10 +101,20 @@ def _watched(rule: Rule) -> Rule:
 
     @wraps(rule)
     def watched(p: Any, g: Any, *buffers: Any, **numbers: Any) -> None:
-        tensors = getattr(g, "tensors", [g])  # of a list
+        tensors = [g] if isinstance(g, Tensor) else g.tensors if isinstance(g, Tensors) else []
         before = [x._version for x in tensors]
         rule(p, g, *buffers, **numbers)
         if before != [x._version for x in tensors]:
             raise TypeError(f"{rule.__name__} changes the gradient, which a rule must leave as it is")
 
     return watched
+
+
+def _on_lists(rule: Rule) -> Rule:
+    """A rule with a factor for each row, which no tensor's ``alpha`` takes."""
+
+    @wraps(rule)
+    def on_lists(*tensors: Any, **numbers: Any) -> None:
+        rule(*map(as_list, tensors), **numbers)
+
+    return on_lists
