@@ -440,6 +440,68 @@ def test_a_plan_is_remade_when_anything_moves() -> None:
     assert_equal(train(fused=True), train())
 
 
+def test_a_plan_follows_tigers_own_decay_and_types_at_the_same_place() -> None:
+    def train(**own: Any) -> torch.Tensor:
+        p = nn.Parameter(torch.ones(4, 2))
+        optimizer = Tiger([p], lr=0.1, weight_decay=0.0, scale=1.0, **own)
+        for t in range(6):
+            p.grad = torch.full_like(p, 1.0 + t)
+            optimizer.param_groups[0]["weight_decay"] = 0.5 * (t % 2)
+            if t == 4:
+                m = optimizer.state[p]["momentum"]
+                m.data = m.data.view(torch.bfloat16)[:, :2].contiguous().zero_()
+            optimizer.step()
+        return p.detach()
+
+    assert_equal([train(fused=True)], [train()])
+    p = nn.Parameter(torch.ones(16))
+    optimizer, memory = Lion([p], fused=True), torch.zeros(16)
+    p.grad = torch.ones(16)
+    optimizer.step()
+    optimizer.state[p]["momentum"].data = memory
+    optimizer.step()
+    behind = memory.view(torch.bfloat16)[16:].clone()
+    optimizer.state[p]["momentum"].data = memory.view(torch.bfloat16)[:16]
+    optimizer.step()
+    assert torch.equal(memory.view(torch.bfloat16)[16:], behind)
+
+
+@pytest.mark.parametrize("fused", ON_CPU)
+def test_a_step_without_rows_counts(fused: str) -> None:
+    def train(**own: Any) -> torch.Tensor:
+        torch.manual_seed(0)
+        embedding = nn.Embedding(6, 4, sparse=True)
+        optimizer = AdamW(embedding.parameters(), lr=0.1, **own)
+        for ids in ([1, 2], [], [], [1, 3]):
+            optimizer.zero_grad()
+            embedding(torch.tensor(ids, dtype=torch.long)).square().sum().backward()
+            optimizer.step()
+        assert optimizer.state[embedding.weight]["step"] == 4
+        return embedding.weight.detach()
+
+    torch.testing.assert_close(train(fused=fused), train(), rtol=1e-6, atol=1e-6)
+
+
+def test_a_gradient_with_the_negative_bit() -> None:
+    p = nn.Parameter(torch.zeros(4))
+    optimizer = Signum([p], lr=0.1, fused=True)
+    for _ in range(2):
+        p.grad = torch._neg_view(torch.ones(4))
+        optimizer.step()
+    assert (p > 0).all()
+
+
+def test_another_back_end_in_mid_course() -> None:
+    p = nn.Parameter(torch.zeros(4))
+    optimizer = Signum([p], lr=0.1, fused="cpu")
+    for back_end in ON_CPU:
+        optimizer.param_groups[0]["fused"] = back_end
+        p.grad = torch.ones(4)
+        optimizer.step()
+        cache = optimizer.cache(id(optimizer.param_groups[0]))[0]
+        assert (back_end, p.device) in cache
+
+
 @pytest.mark.parametrize("fused", ON_CPU)
 @pytest.mark.parametrize("lazy", ["grad", "ids"])
 def test_a_plan_of_lazy_rows_follows_them(lazy: str, fused: str) -> None:

@@ -30,7 +30,8 @@ from own_rules import (
 )
 from torch import Tensor, nn
 
-from minisign import AdamW, Lion, Signum, Tiger, optimizer, param_groups, track_rows
+from minisign import AdamW, Lion, Signum, Tiger, optimizer, param_groups, rms, track_rows
+from minisign.engine import fused as fused_road
 from minisign.kernels import cpu
 from minisign.kernels.table import FMA_ON_CPU
 
@@ -255,13 +256,138 @@ def wide_mask(p: Tensor, g: Tensor, m: Tensor, *, lr: float, beta: float) -> Non
     p.sub_((m > 0).to(m.dtype) * lr)
 
 
-@pytest.mark.parametrize("rule", [backslash, filled, wide_mask])
+def named_like_a_constant(p: Tensor, g: Tensor, m: Tensor, *, lr: float, beta: float) -> None:
+    k = g.abs()
+    k = k + 1
+    d0 = k * 2
+    m.mul_(beta).add_(g)
+    p.add_(m / d0, alpha=-lr)
+
+
+def named_like_a_macro(p: Tensor, g: Tensor, xor: Tensor, *, lr: float, beta: float) -> None:
+    B = g * 2
+    NAN = B + xor
+    load = NAN * beta
+    xor.copy_(load)
+    p.add_(load, alpha=-lr)
+
+
+def powers_in_place(p: Tensor, g: Tensor, m: Tensor, *, lr: float, beta: float) -> None:
+    m.mul_(beta).add_(g)
+    size = m.clone()
+    size **= 2
+    torch.sqrt_(size)
+    torch.neg_(size)
+    p.add_(size, alpha=lr)
+
+
+def masks(p: Tensor, g: Tensor, m: Tensor, *, lr: float, beta: float) -> None:
+    m.mul_(beta).add_(g)
+    mask = g > 0
+    same = mask
+    same |= p > 0
+    kept = mask.clone()
+    same &= m > 0
+    weight = (m * g > 0).to(g.dtype)
+    weight.mul_(2.0)
+    ones = g.clone()
+    ones.gt_(0)
+    ones += ones
+    p.sub_(weight * kept + mask * ones, alpha=lr)
+
+
+def clipped(p: Tensor, g: Tensor, m: Tensor, *, lr: float, beta: float) -> None:
+    m.mul_(beta).add_(g.clamp(-0.5, 1.0))
+    p.sub_(m.clamp(max=1.0).clip(min=-beta), alpha=lr)
+
+
+def numbers_in_place(p: Tensor, g: Tensor, m: Tensor, *, step: float, lr: float, beta: float) -> None:
+    m.add_(g * step)
+    rate = step
+    rate *= 3
+    rate += 1
+    beta *= 0.5
+    m.mul_(beta)
+    p.add_(m * (rate / step), alpha=lr * (-1) ** step * (-2.0) ** beta)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        backslash,
+        filled,
+        wide_mask,
+        named_like_a_constant,
+        named_like_a_macro,
+        powers_in_place,
+        masks,
+        clipped,
+    ],
+)
 def test_the_same_on_every_road(rule: Any) -> None:
     cls = optimizer(rule, buffers=MOMENTUM, lr=0.1, beta=0.9)
     _, plain = train(cls, 3)
     for road in ROADS.values():
         for a, b in zip(train(cls, 3, **road)[1], plain, strict=True):
             assert torch.equal(a, b)
+
+
+def test_a_number_that_is_changed_in_place_is_another_number() -> None:
+    cls = optimizer(numbers_in_place, buffers=MOMENTUM, lr=0.1, beta=2.0, bounds={"beta": (0.0, 9.0)})
+    _, plain = train(cls, 3)
+    for road in ROADS.values():
+        for a, b in zip(train(cls, 3, **road)[1], plain, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def of_the_whole(p: Tensor, g: Tensor, m: Tensor, *, lr: float, beta: float) -> None:
+    size = rms(p)
+    m.mul_(beta).add_(g)
+    p.sub_(m * (size * lr))
+
+
+def of_the_row(p: Tensor, g: Tensor, m: Tensor, *, lr: float, beta: float) -> None:
+    size = rms(p, "row_rms")
+    m.mul_(beta).add_(g)
+    p.add_(m, alpha=-lr * size)
+
+
+@pytest.mark.parametrize("rule", [of_the_whole, of_the_row])
+@pytest.mark.parametrize("road", ["plain", *ROADS])
+def test_a_word_that_stands_in_the_rule(rule: Any, road: str) -> None:
+    """As the same word among its numbers; a tensor of fewer than two dimensions is one row."""
+    cls = optimizer(rule, buffers=MOMENTUM, lr=0.1, beta=0.9)
+    _, found = train(cls, 3, **ROADS.get(road, {}))
+    word = "rms" if rule is of_the_whole else "row_rms"
+    _, expected = train(lambda ps: RelativeBall(ps, lr=0.1, beta=0.9, over=word), 3)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def centred(p: Tensor, g: Tensor, m: Tensor, *, lr: float, beta: float) -> None:
+    m.mul_(beta).add_(g - g.mean())
+    p.sub_(m, alpha=lr)
+
+
+@pytest.mark.parametrize("rule", [of_the_whole, centred])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_rows_that_depend_on_others_do_not_move_alone(rule: Any, sparse: bool) -> None:
+    embedding = nn.Embedding(5, 3, sparse=sparse)
+    made = optimizer(rule, buffers=MOMENTUM, lr=0.1, beta=0.9)(
+        embedding.parameters(), lazy=False if sparse else "grad"
+    )
+    embedding(torch.tensor([1])).sum().backward()
+    before = embedding.weight.detach().clone()
+    with pytest.raises(ValueError, match="cannot step on some rows only"):
+        made.step()
+    assert torch.equal(embedding.weight, before)
+
+
+def test_a_row_may_do_what_the_kernels_do_not_know() -> None:
+    embedding = nn.Embedding(5, 3)
+    made = optimizer(unknown, lr=0.1)(embedding.parameters(), lazy="grad")
+    embedding(torch.tensor([1])).sum().backward()
+    made.step()
 
 
 OUTSIDE = 0.5
@@ -292,6 +418,36 @@ def picked(p: Tensor, g: Tensor, *, lr: float) -> None:
     p[..., :1] = 0.0
 
 
+def two_masks(p: Tensor, g: Tensor, *, lr: float) -> None:
+    p.sub_(g * ((g > 0) * (p > 0)), alpha=lr)
+
+
+def coarse(p: Tensor, g: Tensor, *, lr: float) -> None:
+    p.sub_(g.to(torch.bfloat16).to(torch.float32), alpha=lr)
+
+
+def no_mask(p: Tensor, g: Tensor, *, lr: float) -> None:
+    p.sub_(torch.logical_and(g, p) * g, alpha=lr)
+
+
+def halved(p: Tensor, g: Tensor, *, lr: float) -> None:
+    size = rms(p)
+    size *= 0.5
+    p.sub_(g * size, alpha=lr)
+
+
+def like_a_literal(p: Tensor, g: Tensor, *, lr: float) -> None:
+    p.sub_(g * OUTSIDE + 0.5, alpha=lr)
+
+
+def counted(p: Tensor, g: Tensor, *, lr: float) -> None:
+    p.sub_(g, alpha=lr * len(p.shape))
+
+
+def explicit(p: Tensor, g: Tensor, *, lr: float) -> None:
+    torch.Tensor.sub_(p, g, alpha=lr)
+
+
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
@@ -301,6 +457,13 @@ def picked(p: Tensor, g: Tensor, *, lr: float) -> None:
         (early, r"`if step < 3:` chooses by what only a kernel knows"),
         (powered, r"takes a power other than 2\.0, 0\.5, -0\.5"),
         (picked, r"`p\[\.\.\., :1\] = 0\.0` writes to some entries only"),
+        (two_masks, "uses mul on two masks"),
+        (coarse, r"changes the type of entries to torch\.bfloat16"),
+        (no_mask, "uses logical_and on what is no mask"),
+        (halved, r"`size \*= 0\.5` changes a number in place"),
+        (like_a_literal, r"takes 0\.5 from elsewhere"),
+        (counted, r"`p\.sub_\(g, alpha=lr \* len\(p\.shape\)\)` cannot be traced"),
+        (explicit, "cannot be traced"),
     ],
 )
 def test_what_only_plain_roads_can_do(rule: Any, message: str) -> None:
@@ -343,6 +506,92 @@ def test_choosing_by_a_tensors_values_is_an_error() -> None:
 def test_the_gradient_is_left_as_it_is() -> None:
     with pytest.raises(TypeError, match=r"`g\.sign_\(\)` changes the gradient"):
         optimizer(greedy, lr=0.1)
+    made, p = optimizer(sly, lr=0.1)([nn.Parameter(torch.ones(2))]), nn.Parameter(torch.ones(2))
+    made.add_param_group({"params": [p]})
+    p.grad = torch.ones(2)
+    with pytest.raises(TypeError, match="sly changes the gradient"):
+        made.step()
+
+
+def sly(p: Tensor, g: Tensor, *, lr: float) -> None:
+    p.sub_(g.erf(), alpha=lr)
+    g[0] = 0.0
+
+
+def idle(p: Tensor, g: Tensor, *, lr: float) -> None:
+    p = p - lr * g
+
+
+def stepwise(p: Tensor, g: Tensor, *, step: float, lr: float) -> None:
+    p.sub_(g * torch.where(step < 3, step / 3, 1.0), alpha=lr)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    ("rule", "given", "message"),
+    [
+        (idle, dict(lr=0.1), "idle never changes p: `p = …` makes another tensor"),
+        (stepwise, dict(lr=0.1), "uses where on numbers, as step is one"),
+        (heavy_ball, dict(buffers="momentum", lr=0.1, beta=0.9), "buffers must be names in a tuple"),
+        (
+            heavy_ball,
+            dict(buffers=("step",), lr=0.1, beta=0.9),
+            "buffers must be names in a tuple, each once",
+        ),
+        (unknown, dict(lr=0.1, seed=1), "every optimizer has seed: call the number of unknown otherwise"),
+        (unknown, dict(lr=0.1, bounds={"rate": (0, 1)}), "bounds of rate, which is none of lr"),
+        (lambda p, g, *, lr: p.sub_(g, alpha=lr), dict(lr=0.1), "a rule is a function made by def"),
+    ],
+)
+def test_what_no_rule_may_do(rule: Any, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        optimizer(rule, **given)
+
+
+def chosen(p: Tensor, g: Tensor, *, lr: float, backwards: bool) -> None:
+    p.sub_(-g if backwards else g, alpha=lr)
+
+
+@pytest.mark.parametrize("road", ["plain", *ROADS])
+def test_true_or_false_is_a_number_too(road: str) -> None:
+    cls = optimizer(chosen, lr=0.1, backwards=False)
+    p, q = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    made = cls([{"params": [p]}, {"params": [q], "backwards": True}], **ROADS.get(road, {}))
+    p.grad = q.grad = torch.ones(2)
+    made.step()
+    assert (p < 1).all()
+    assert (q > 1).all()
+    with pytest.raises(TypeError, match="backwards must be True or False, got 1"):
+        cls([p], backwards=1)
+
+
+def gated(p: Tensor, g: Tensor, m: Tensor, *, lr: float, beta: float, decay: float) -> None:
+    m.mul_(beta).add_(g)
+    if decay:
+        m.add_(p, alpha=decay)
+    if decay != 0 and lr / decay > 100:
+        m.mul_(0.5)
+    p.sub_(m, alpha=lr)
+
+
+def test_numbers_that_change() -> None:
+    """A rule asks them anew, makes nothing twice, and stays linear or says that it does not."""
+    cls = optimizer(gated, buffers=MOMENTUM, lr=0.1, beta=0.9, decay=0.0)
+    results = []
+    for road in ({}, {"fused": True}):
+        ps = parameters(shapes=[(3, 2)])
+        made = cls(ps, **road)
+        for t in range(6):
+            made.param_groups[0]["decay"] = np.float32([0.0, 0.5, 1e-4, 0.0, 0.25, 0.5][t])
+            ps[0].grad = torch.ones(3, 2)
+            made.step()
+        results.append(ps[0].detach())
+    assert torch.equal(*results)
+    assert sum(len(made) for key, made in fused_road._PROGRAMS.items() if key[0] is gated) == 3
+    halves = cls(parameters(shapes=[(3, 2)]), accumulate=2)
+    halves.param_groups[0]["decay"] = 0.5
+    halves.param_groups[0]["params"][0].grad = torch.ones(3, 2)
+    with pytest.raises(ValueError, match="gated cannot be taken in halves: it has a momentum"):
+        halves.step()
 
 
 @pytest.mark.parametrize(

@@ -103,10 +103,13 @@ def numbers_of(optimizer: Owner, group: Group) -> Group:
     found |= {f"beta{i}": beta for i, beta in enumerate(group.get("betas", ()), start=1)}
     for name, x in found.items():
         if type(x) not in _PLAIN:  # a tensor, or NumPy's, from a schedule
-            # A number, unless a CUDA graph, a kernel or autograd has to see the tensor.
-            seen = group["capturable"] or group["differentiable"] or (group["fused"] and x.is_cuda)
-            found[name] = x if name == "lr" and isinstance(x, Tensor) and seen else x.item()
+            found[name] = x if name == "lr" and isinstance(x, Tensor) and _is_seen(x, group) else x.item()
     return found
+
+
+def _is_seen(lr: Tensor, group: Group) -> bool:
+    """Whether a CUDA graph, a kernel or autograd has to see the tensor, and not the number in it."""
+    return bool(group["capturable"] or group["differentiable"] or (group["fused"] and lr.is_cuda))
 
 
 def new_state(optimizer: Owner, p: Tensor, group: Group) -> dict[str, Any]:

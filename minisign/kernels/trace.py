@@ -183,7 +183,7 @@ class Tracer(fx.proxy.TracerBase):
             raise Forbidden(f"{place} changes the gradient, which a rule must leave as it is")
         used = [x for x in (*nodes, *options.values()) if isinstance(x, Variable)]
         kinds = {x.kind for x in used}
-        if kinds == {DOUBLE} and word not in (*SIGNS, "neg", "abs"):
+        if FLOAT not in kinds and all(x.is_scalar for x in used) and word not in (*SIGNS, "neg", "abs"):
             raise Forbidden(f"{place} uses {word} on numbers, as step is one; for them are + - * / **")
         tensors = {x.kind for x in used if not x.is_scalar}
         if tensors == {BOOL} and len(used) > 1 and word not in (*BOOLS, "where"):
