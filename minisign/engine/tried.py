@@ -49,12 +49,8 @@ def _halves(rule: Rule, numbers: tuple[tuple[str, Any], ...]) -> tuple[float, fl
     if not torch.allclose(taken, keep * m + weight * g, rtol=1e-9, atol=1e-12):
         return keep, weight, "has a momentum that is not linear in the gradient"
     _try(rule, (alone, torch.full_like(g, torch.nan), taken), dict(numbers), is_fixed=True)
-    by_more = (
-        ""
-        if torch.equal(moved, alone)
-        else "moves by more than the momentum: the gradient, or an older one"
-    )
-    return keep, weight, by_more
+    by_more = "moves by more than the momentum: by the gradient, or an older momentum"
+    return keep, weight, "" if torch.equal(moved, alone) else by_more
 
 
 def left(rule: Rule, buffers: int, numbers: Mapping[str, Any]) -> list[float]:

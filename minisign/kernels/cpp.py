@@ -57,7 +57,10 @@ def write(program: Program, form: Form) -> str:
     ]
     for line, text, comment in program.lines():
         code = f"{line.out.kind + ' ' if line.is_new else ''}{line.out.name} = {text};"
-        (of_all if line.out.is_scalar else of_each).append(_said(code, comment))
+        if line.out.is_scalar:
+            of_all.append(_said(code, comment))
+        else:
+            of_each.append(_said(code, comment, width=43))  # which stands four places further in
     for v, x in used.items():
         if program.writes(v):
             of_each.append(
@@ -85,5 +88,5 @@ def write(program: Program, form: Form) -> str:
     )
 
 
-def _said(code: str, comment: str) -> str:
-    return f"{code:<47} // {comment}" if comment else code
+def _said(code: str, comment: str, width: int = 47) -> str:
+    return f"{code:<{width}} // {comment}" if comment else code

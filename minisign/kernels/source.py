@@ -81,5 +81,6 @@ def frame_of_rule() -> FrameType:
 def _is_ours(frame: FrameType) -> bool:
     """Whether it stands between a rule and what is remembered of it."""
     name = frame.f_globals.get("__name__", "")
-    ours = ("minisign.kernels.", "minisign.engine.", "torch.", "inspect")
-    return name == "torch" or name.startswith(ours)
+    return name in ("minisign.kernels.trace", "minisign.engine.words", __name__, "torch", "inspect") or (
+        name.startswith("torch.")
+    )

@@ -173,7 +173,7 @@ class Tracer(fx.proxy.TracerBase):
             word, nodes = POWERS[power], nodes[:1]
         if word not in TEXTS:
             raise Untraceable(
-                f"{place} uses {word}, which the kernels do not know: they know {', '.join(TEXTS)}"
+                f"{place} uses {word}, which the kernels do not know (their words: vocabulary.py)"
             )
         try:
             inspect.signature(TEXTS[word]).bind(*nodes, **options)
