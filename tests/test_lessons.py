@@ -935,9 +935,9 @@ def nesterov_in_signs(p: Any, g: Any, m: Any, *, lr: float, beta: float) -> None
     p -= lr * (g + beta * m)
 
 
-def nesterov_in_clamps(p: Any, g: Any, m: Any, *, lr: float, beta: float) -> None:
+def nesterov_of_finite_numbers(p: Any, g: Any, m: Any, *, lr: float, beta: float) -> None:
     m.mul_(beta).add_(g)
-    p.add_(g.add(m, alpha=beta).clamp(-1e9, 1e9), alpha=-lr)
+    p.add_(g.add(m, alpha=beta).nan_to_num(), alpha=-lr)
 
 
 def nesterov_in_place_of_g(p: Any, g: Any, m: Any, *, lr: float, beta: float) -> None:
@@ -1023,7 +1023,7 @@ CASES |= {
             ((nesterov_of_the_old_momentum,), "this is the heavy ball, of which the old g + βm"),
             ((nesterov_without_a_memory,), "the buffer m is still the same after the step"),
             ((nesterov_in_place_of_g,), "the step changes the gradient: it was -0.6232 and is"),
-            ((nesterov_in_clamps,), "can be made of it: line "),
+            ((nesterov_of_finite_numbers,), "can be made of it: line "),
             ((nan_in_one_place,), "θ is nan after step 1"),
             ((another_rate,), "after step 1 the weight p["),
             ((choosing,), "the step ends with RuntimeError: Boolean value of Tensor"),
