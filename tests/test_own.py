@@ -8,6 +8,7 @@ import io
 import math
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +35,9 @@ from minisign import AdamW, Lion, Signum, Tiger, optimizer, param_groups, rms, t
 from minisign.engine import fused as fused_road
 from minisign.kernels import cpu
 from minisign.kernels.table import FMA_ON_CPU
+from minisign.kernels.vocabulary import BOOLS, TEXTS
 
+ROOT = Path(__file__).parent.parent
 PACKAGE = Path(optimizer.__code__.co_filename).parents[1]
 CLASSES = pytest.mark.parametrize("cls", OWN, ids=lambda cls: cls.__name__)
 ROADS: dict[str, dict[str, Any]] = {"foreach": {"foreach": True}, "cpu": {"fused": "cpu"}}
@@ -826,3 +829,23 @@ def test_a_counter_of_any_kind_is_read_rightly(road: str, step: Any) -> None:
         ps.append(p)
         assert made[-1].state[p]["step"] == 8
     assert torch.equal(*ps)
+
+
+# --- what the pages say ---------------------------------------------------------------------------
+
+
+def test_the_pages_examples_do_the_same_on_every_road() -> None:
+    text = (ROOT / "docs/optimizers.md").read_text()
+    (page,) = re.findall(r"```python\n(import torch\n.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(page, names)
+    results = [train(names["RelativeAdam"], 3, **road)[1] for road in ({}, *ROADS.values())]
+    for other in results[1:]:
+        for a, b in zip(other, results[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_the_page_has_the_words_of_the_kernels() -> None:
+    text = (ROOT / "docs/optimizers.md").read_text()
+    (said,) = re.findall(r"They know `([^`]*)`", text)
+    assert set(said.split()) == {x for x in TEXTS if x not in BOOLS} - {"to"}
