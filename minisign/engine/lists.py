@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minisign.engine.words import rms
+from minisign.engine.words import Rule, rms
 
 
 class Tensors:
@@ -84,6 +84,16 @@ class Tensors:
 def as_list(x: Any) -> Any:
     """A tensor as a list of one, so that factors may be tensors."""
     return Tensors([x]) if isinstance(x, Tensor) else x
+
+
+def on_lists(rule: Rule) -> Rule:
+    """The same rule, with a factor for each row, which no tensor's ``alpha`` takes."""
+
+    @wraps(rule)
+    def carried_out(*tensors: Any, **numbers: Any) -> None:
+        rule(*map(as_list, tensors), **numbers)
+
+    return carried_out
 
 
 def _signs() -> None:

@@ -9,14 +9,16 @@ from typing import Any
 
 from torch import Tensor
 
-from minisign.engine.lists import Tensors, as_list
+from minisign.engine.lists import Tensors, on_lists
 from minisign.engine.optimizer import Optimizer, Params
 from minisign.engine.options import BETA, FROM_0, defaults
 from minisign.engine.words import WORDS, Rule
 from minisign.kernels.nodes import DOUBLE
 from minisign.kernels.trace import Untraceable, trace
 
-TAKEN = ("step", "taken", "taken_rows")  # in a state
+# Names that are something else.
+IN_A_STATE = {"step", "taken", "taken_rows"}
+TAKEN = {*defaults({}, {}), "params", "betas"}
 
 
 def optimizer(
@@ -44,40 +46,20 @@ def optimizer(
             chooses by the values of a tensor (``if``).
         ValueError: a default outside its bounds, when an optimizer is made.
     """
-    if not inspect.isfunction(rule) or rule.__name__ == "<lambda>":
-        raise TypeError(f"a rule is a function made by def, got {rule!r}")
-    if isinstance(buffers, str) or len({*buffers, *TAKEN}) < len(buffers) + len(TAKEN):
-        raise TypeError(f"buffers must be names in a tuple, each once and none of {TAKEN}, got {buffers!r}")
-    if reserved := sorted({*numbers, *(bounds or {})} & {*defaults({}, {}), "params", "betas"}):
-        raise TypeError(f"every optimizer has {reserved[0]}: call the number of {rule.__name__} otherwise")
-    if unknown := sorted(set(bounds or {}) - set(numbers)):
-        raise TypeError(f"bounds of {unknown[0]}, which is none of {', '.join(numbers)}")
-    parameters = inspect.signature(rule).parameters.values()
-    tensors = [x.name for x in parameters if x.kind in (x.POSITIONAL_ONLY, x.POSITIONAL_OR_KEYWORD)]
-    named = {x.name for x in parameters if x.kind is x.KEYWORD_ONLY}
-    if len(tensors) != 2 + len(buffers):
-        raise TypeError(
-            f"{rule.__name__} has {', '.join(tensors) or 'nothing'} before its *, where p, g "
-            f"and each name in buffers={buffers!r} have a place; numbers stand after the *"
-        )
-    if named - {"step"} != set(numbers):
-        wrong = sorted((named - {"step"}) ^ set(numbers))[0]
-        raise TypeError(
-            f"{rule.__name__} has no argument {wrong}" if wrong in numbers
-            else f"{rule.__name__} takes {wrong}: give its default as optimizer(…, {wrong}=…)"
-        )  # fmt: skip
+    named = _check_arguments(rule, buffers, bounds or {}, numbers)
     floats = {key: float(x) if isinstance(x, (int, float)) else x for key, x in numbers.items()}
     asks: frozenset[str] = frozenset()
     try:
         made, is_known = trace(rule, floats, {"step": DOUBLE} if "step" in named else {}), True
         asks = frozenset(WORDS) & made.scalars.keys() - set(numbers.values())
-        if not any(line.out is made.inputs[0] for line in made.lines):
+        p = made.inputs[0]
+        if not any(line.out is p for line in made.lines):
             raise TypeError(
-                f"{rule.__name__} never changes {tensors[0]}: `{tensors[0]} = …` makes another tensor, "
-                "only a method that ends in an underscore writes to it"
+                f"{rule.__name__} never changes {p.name}: `{p.name} = …` makes another tensor, only a method "
+                "that ends in an underscore writes to it"
             )
         if "row_rms" in asks:
-            rule = _on_lists(rule)
+            rule = on_lists(rule)
     except Untraceable:  # fused=True will say which line; the plain road can do all that tensors can
         rule, is_known = _watched(rule), False
 
@@ -96,6 +78,37 @@ def optimizer(
     return type(name or "".join(map(str.capitalize, rule.__name__.split("_"))), (Optimizer,), body)
 
 
+def _check_arguments(
+    rule: Any, buffers: Any, bounds: Mapping[str, Any], numbers: Mapping[str, Any]
+) -> set[str]:
+    """Refuses what no class can be made of; returns the names of what stands after the rule's star."""
+    if not inspect.isfunction(rule) or rule.__name__ == "<lambda>":
+        raise TypeError(f"a rule is a function made by def, got {rule!r}")
+    if isinstance(buffers, str) or len({*buffers} - IN_A_STATE) < len(buffers):
+        raise TypeError(
+            f"buffers must be names in a tuple, each once and none of {sorted(IN_A_STATE)}, got {buffers!r}"
+        )
+    if reserved := sorted(set(numbers) & TAKEN):
+        raise TypeError(f"every optimizer has {reserved[0]}: call the number of {rule.__name__} otherwise")
+    if unknown := sorted(set(bounds) - set(numbers)):
+        raise TypeError(f"bounds of {unknown[0]}, which is none of {', '.join(numbers)}")
+    parameters = inspect.signature(rule).parameters.values()
+    tensors = [x.name for x in parameters if x.kind in (x.POSITIONAL_ONLY, x.POSITIONAL_OR_KEYWORD)]
+    named = {x.name for x in parameters if x.kind is x.KEYWORD_ONLY}
+    if len(tensors) != 2 + len(buffers):
+        raise TypeError(
+            f"{rule.__name__} has {', '.join(tensors) or 'nothing'} before its *, where p, g "
+            f"and each name in buffers={buffers!r} have a place; numbers stand after the *"
+        )
+    if named - {"step"} != set(numbers):
+        wrong = sorted((named - {"step"}) ^ set(numbers))[0]
+        raise TypeError(
+            f"{rule.__name__} has no argument {wrong}" if wrong in numbers
+            else f"{rule.__name__} takes {wrong}: give its default as optimizer(…, {wrong}=…)"
+        )  # fmt: skip
+    return named
+
+
 def _watched(rule: Rule) -> Rule:
     """A rule that was not traced to its end; it may yet change the gradient."""
 
@@ -108,13 +121,3 @@ def _watched(rule: Rule) -> Rule:
             raise TypeError(f"{rule.__name__} changes the gradient, which a rule must leave as it is")
 
     return watched
-
-
-def _on_lists(rule: Rule) -> Rule:
-    """A rule with a factor for each row, which no tensor's ``alpha`` takes."""
-
-    @wraps(rule)
-    def on_lists(*tensors: Any, **numbers: Any) -> None:
-        rule(*map(as_list, tensors), **numbers)
-
-    return on_lists
