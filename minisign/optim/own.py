@@ -55,7 +55,7 @@ def optimizer(
         p = made.inputs[0]
         if not any(line.out is p for line in made.lines):
             raise TypeError(
-                f"{rule.__name__} never changes {p.name}: `{p.name} = …` makes another tensor, only a method "
+                f"{rule.__name__} never changes {p.name}: `{p.name} = …` makes another tensor, only a word "
                 "that ends in an underscore writes to it"
             )
         if "row_rms" in asks:
