@@ -468,7 +468,7 @@ MUTANTS = (
         "minisign/kernels/trace.py",
         '        in_place = name.endswith("_") and getattr(operator, name, None) is not target\n',
         "        in_place = False\n",
-        "tests/test_own.py::test_every_road[HeavyBall-cpu-torch.float32]",
+        "tests/test_own.py::test_every_road[torch.float32-cpu-HeavyBall]",
     ),
     Mutant(
         "a branch that is taken for ever",
