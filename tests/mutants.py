@@ -466,8 +466,8 @@ MUTANTS = (
     Mutant(
         "an update in place that goes nowhere",
         "minisign/kernels/trace.py",
-        '        in_place = name.endswith("_") and getattr(operator, name, None) is not target\n',
-        "        in_place = False\n",
+        "        if isinstance(target, Variable):\n",
+        "        if target is self.inputs[0]:\n",
         "tests/test_own.py::test_every_road[torch.float32-cpu-HeavyBall]",
     ),
     Mutant(
@@ -532,8 +532,8 @@ MUTANTS = (
     Mutant(
         "gradients kept by a plan",
         "minisign/engine/fused.py",
-        "    launch.gradients.clear()\n",
-        "",
+        "            launch.set_gradients(list(map(_PLACE, mine)))\n",
+        "            launch.set_gradients(list(map(_PLACE, mine)))\n            launch.held.extend(mine)\n",
         FUSED + "test_no_gradient_is_kept",
         "15_stingy_memory",
     ),

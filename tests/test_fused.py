@@ -407,7 +407,7 @@ def test_a_plan_is_remade_when_anything_moves() -> None:
 
     def train(**own: Any) -> list[torch.Tensor]:
         torch.manual_seed(0)
-        ps = [nn.Parameter(torch.randn(5, 4)) for _ in range(4)]
+        ps, before = [nn.Parameter(torch.randn(5, 4)) for _ in range(4)], []
         optimizer = Lion(ps, lr=1e-2, **own)
         for t in range(20):
             for p in ps:
@@ -415,6 +415,7 @@ def test_a_plan_is_remade_when_anything_moves() -> None:
             if t == 3:
                 ps[1].grad = None
             if t == 5:
+                before.append(ps[2].data)  # which stays, so that a step on it would do no other harm
                 ps[2].data = ps[2].data.clone()
             if t == 7:
                 optimizer.state[ps[0]]["momentum"] = torch.ones(5, 4)
