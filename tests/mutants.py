@@ -535,7 +535,6 @@ MUTANTS = (
         "            launch.set_gradients(list(map(_PLACE, mine)))\n",
         "            launch.set_gradients(list(map(_PLACE, mine)))\n            launch.held.extend(mine)\n",
         FUSED + "test_no_gradient_is_kept",
-        "15_stingy_memory",
     ),
     Mutant(
         "found_inf not read",
