@@ -191,17 +191,17 @@ def blocks(task: Task) -> None:
     if task.dry:
         task.report({"left_out": "the interpreter has blocks of its own"})
         return
-    from minisign.kernels import gpu
+    from minisign.kernels import words
 
     ps = optimizer_step.parameters(optimizer_step.SIZES["350m"], torch.float32, "cuda")
     clock = Clock("cuda")
     entries = sum(p.numel() for p in ps)
     copy = optimizer_step.copy_bandwidth(entries, "cuda", clock)
-    found: dict[str, Any] = {"copy_bandwidth": copy, "chosen": [gpu.BLOCK, gpu.WARPS], "results": []}
+    found: dict[str, Any] = {"copy_bandwidth": copy, "chosen": [words.BLOCK, words.WARPS], "results": []}
     for name in ("Lion (fused)", "AdamW (fused)", "Tiger, base (fused, no guard)"):
         contestant = optimizer_step.CONTESTANTS[name]
         for size, warps in BLOCKS:
-            gpu.BLOCK, gpu.WARPS = size, warps
+            words.BLOCK, words.WARPS = size, warps
             optimizer = contestant.make(ps)
             median = statistics.median([clock(optimizer.step)[0] for _ in range(15)][3:])
             share = contestant.bytes * entries / median / copy

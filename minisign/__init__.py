@@ -15,15 +15,30 @@ if "torch" not in sys.modules:
 
 from minisign.doctor.watch import EmbeddingWatch
 from minisign.optim import (
+    SGD,
     AdamW,
     Hybrid,
     Lion,
     Signum,
     Tiger,
+    optimizer,
     param_groups,
+    rms,
     track_rows,
 )
 
 __version__ = "0.1.0"
 
-__all__ = ["AdamW", "EmbeddingWatch", "Hybrid", "Lion", "Signum", "Tiger", "param_groups", "track_rows"]
+__all__ = [
+    "SGD",
+    "AdamW",
+    "EmbeddingWatch",
+    "Hybrid",
+    "Lion",
+    "Signum",
+    "Tiger",
+    "optimizer",
+    "param_groups",
+    "rms",
+    "track_rows",
+]

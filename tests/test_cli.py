@@ -416,3 +416,44 @@ def test_fused_without_a_compiler_and_released_gradients_with_clipping(
     monkeypatch.delenv("CXX", raising=False)
     assert "needs a C++ compiler" in fails(capsys, "train", "--fused", *out)
     cpu.library.cache_clear()
+
+
+MINE = """\
+import torch
+from minisign import optimizer
+
+
+def halved(p, g, *, lr):
+    p.sub_(g * 0.5, alpha=lr)
+
+
+def soft(p, g, *, lr):
+    p.sub_(g.erf(), alpha=lr)
+
+
+Halved, Soft = optimizer(halved, lr=0.1), optimizer(soft, lr=0.1)
+"""
+
+
+def test_the_kernel_of_an_optimizer_is_shown(
+    capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "broken.py").write_text("1 / 0")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    shown = {}
+    for name in ("mine.py:Halved", "mine:Halved", f"{tmp_path}/mine.py:Halved"):
+        assert main(["kernel", name]) == 0
+        shown[name] = capsys.readouterr().out
+    assert len(set(shown.values())) == 1
+    assert "// 6: p.sub_(g * 0.5, alpha=lr)" in shown["mine:Halved"]
+    for rule in ("lion", "Lion", "adamw"):
+        assert main(["kernel", rule, "--for", "cuda", "--lazy"]) == 0
+        assert "# Row by row, where one has a gradient" in capsys.readouterr().out
+    assert "/mine.py, `p.sub_(g.erf(), alpha=lr)` uses erf" in fails(capsys, "kernel", "mine.py:Soft")
+    assert "mine.py has no Hard" in fails(capsys, "kernel", "mine.py:Hard")
+    assert "mine.py:halved is no optimizer" in fails(capsys, "kernel", "mine.py:halved")
+    assert "unknown rule 'lino': choose from sgd" in fails(capsys, "kernel", "lino")
+    assert "broken.py cannot be loaded: ZeroDivisionError" in fails(capsys, "kernel", "broken.py:X")
+    assert "none.py cannot be loaded: FileNotFoundError" in fails(capsys, "kernel", "none.py:X")

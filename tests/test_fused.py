@@ -14,7 +14,6 @@ Everything else is equal bit for bit, and the C++ step and the interpreted Trito
 from __future__ import annotations
 
 import copy
-import ctypes
 import gc
 import io
 import itertools
@@ -37,9 +36,10 @@ import torch
 from torch import nn
 
 from minisign import AdamW, Lion, Signum, Tiger, kernels, track_rows
+from minisign.engine import fused as road
+from minisign.engine.rows import recorded_rows
 from minisign.kernels import cpu
-from minisign.kernels.rule import FMA_ON_CPU, LION, Item, Launch, Rule
-from minisign.optim.rows import recorded_rows
+from minisign.kernels.table import FMA_ON_CPU, Call, Form, Item, launches
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 50
@@ -133,6 +133,14 @@ class Run:
         torch.save(other.optimizer.state_dict(), file)
         file.seek(0)
         self.optimizer.load_state_dict(torch.load(file, weights_only=True))
+
+
+def step_lion(fused: str, item: Item, **numbers: float) -> None:
+    """One step of the kernel, on a line of a table that the test has made."""
+    program = road.program_of(road.Part(Lion.rule, tuple(numbers.items()), ()), counts=False)
+    ((launch, _),) = launches([(item, None)], guard=False, rounded=False)
+    back_end = kernels.backend(fused, item.p.device)
+    back_end.step(program, launch, Call(program.evaluate(**numbers)), {})
 
 
 def assert_equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
@@ -233,7 +241,7 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("name", ON_CPU)
 def test_any_mix_of_types(name: str) -> None:
     """Parameter, gradient and momentum of three types each, against the same in float32, rounded once."""
-    n, rule = 70, Rule(LION, 1e-2, 0.1, keep=0.99, weight=0.01, toward=0.1)
+    n = 70
     for p_type, g_type, m_type in itertools.product(TYPES, repeat=3):
         p, g, m = torch.randn(n).to(p_type), torch.randn(n).to(g_type), torch.randn(n).to(m_type)
         expected = nn.Parameter(p.float().clone())
@@ -241,7 +249,7 @@ def test_any_mix_of_types(name: str) -> None:
         expected.grad = g.float()
         plain.state[expected]["momentum"] = m.float().clone()
         plain.step()
-        kernels.step(name, rule, Launch([Item(p, g, [m], None)]), {})
+        step_lion(name, Item(p, g, [m]), lr=1e-2, beta1=0.9, beta2=0.99, weight_decay=0.1)
         assert torch.equal(p, expected.detach().to(p_type))
         assert torch.equal(m, plain.state[expected]["momentum"].to(m_type))
 
@@ -250,18 +258,17 @@ def test_any_mix_of_types(name: str) -> None:
 def test_every_narrow_number(dtype: torch.dtype) -> None:
     """Widened and narrowed again each comes back; and what lies between two rounds as torch does."""
     everything = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(dtype)
-    stay = Rule(LION, 0.0, 0.0, keep=1.0, weight=0.0, toward=0.5)
     p = everything.clone()
-    kernels.step("cpu", stay, Launch([Item(p, torch.zeros_like(p), [torch.zeros_like(p)], None)]), {})
+    zero = torch.zeros_like(p)
+    step_lion("cpu", Item(p, zero, [zero.clone()]), lr=0.0, beta1=0.5, beta2=1.0, weight_decay=0.0)
     assert torch.equal(p.isnan(), everything.isnan())
     number = ~everything.isnan()
     assert torch.equal(p.view(torch.int16)[number], everything.view(torch.int16)[number])
     # A momentum that forgets everything is the gradient, rounded.
-    forget = Rule(LION, 0.0, 0.0, keep=0.0, weight=1.0, toward=0.5)
     g = torch.cat([torch.randn(20000) * 10.0**k for k in range(-9, 6)] + [torch.tensor([0.0, -0.0])])
     g = torch.cat([g, everything[number & everything.isfinite()].float() * (1 + 2**-9)])
     m = torch.zeros(len(g), dtype=dtype)
-    kernels.step("cpu", forget, Launch([Item(torch.zeros(len(g)), g, [m], None)]), {})
+    step_lion("cpu", Item(torch.zeros(len(g)), g, [m]), lr=0.0, beta1=0.5, beta2=0.0, weight_decay=0.0)
     assert torch.equal(m, g.to(dtype))
 
 
@@ -388,9 +395,8 @@ def test_beyond_two_to_the_31(name: str) -> None:
     # NumPy's zeros take no memory where nobody writes to them; torch's are written.
     p, m = (torch.from_numpy(np.zeros((row + 1, width), np.int16)).view(torch.bfloat16) for _ in range(2))
     rows = torch.tensor([3, row])
-    rule = Rule(LION, 1.0, 0.0, keep=0.5, weight=0.5, toward=0.5)
-    item = Item(p, torch.ones(2, width, dtype=torch.bfloat16), [m], None, which=3, rows=rows)
-    kernels.step(name, rule, Launch([item]), {})
+    item = Item(p, torch.ones(2, width, dtype=torch.bfloat16), [m], by_rows=True, rows=rows)
+    step_lion(name, item, lr=1.0, beta1=0.5, beta2=0.5, weight_decay=0.0)
     assert (p[rows] == -1).all()
     assert (m[rows] == 0.5).all()
     assert not p[row - 2**21].any()
@@ -401,7 +407,7 @@ def test_a_plan_is_remade_when_anything_moves() -> None:
 
     def train(**own: Any) -> list[torch.Tensor]:
         torch.manual_seed(0)
-        ps = [nn.Parameter(torch.randn(5, 4)) for _ in range(4)]
+        ps, before = [nn.Parameter(torch.randn(5, 4)) for _ in range(4)], []
         optimizer = Lion(ps, lr=1e-2, **own)
         for t in range(20):
             for p in ps:
@@ -409,6 +415,7 @@ def test_a_plan_is_remade_when_anything_moves() -> None:
             if t == 3:
                 ps[1].grad = None
             if t == 5:
+                before.append(ps[2].data)  # which stays, so that a step on it would do no other harm
                 ps[2].data = ps[2].data.clone()
             if t == 7:
                 optimizer.state[ps[0]]["momentum"] = torch.ones(5, 4)
@@ -432,6 +439,94 @@ def test_a_plan_is_remade_when_anything_moves() -> None:
         return [p.detach() for p in ps]
 
     assert_equal(train(fused=True), train())
+
+
+def test_a_plan_follows_tigers_own_decay_and_types_at_the_same_place() -> None:
+    def train(**own: Any) -> torch.Tensor:
+        p = nn.Parameter(torch.ones(4, 2))
+        optimizer = Tiger([p], lr=0.1, weight_decay=0.0, scale=1.0, **own)
+        for t in range(6):
+            p.grad = torch.full_like(p, 1.0 + t)
+            optimizer.param_groups[0]["weight_decay"] = 0.5 * (t % 2)
+            if t == 4:
+                m = optimizer.state[p]["momentum"]
+                m.data = m.data.view(torch.bfloat16)[:, :2].contiguous().zero_()
+            optimizer.step()
+        return p.detach()
+
+    assert_equal([train(fused=True)], [train()])
+    p = nn.Parameter(torch.ones(16))
+    optimizer, memory = Lion([p], fused=True), torch.zeros(16)
+    p.grad = torch.ones(16)
+    optimizer.step()
+    optimizer.state[p]["momentum"].data = memory
+    optimizer.step()
+    behind = memory.view(torch.bfloat16)[16:].clone()
+    optimizer.state[p]["momentum"].data = memory.view(torch.bfloat16)[:16]
+    optimizer.step()
+    assert torch.equal(memory.view(torch.bfloat16)[16:], behind)
+
+
+@pytest.mark.parametrize("fused", ON_CPU)
+def test_a_step_without_rows_counts(fused: str) -> None:
+    def train(**own: Any) -> torch.Tensor:
+        torch.manual_seed(0)
+        embedding = nn.Embedding(6, 4, sparse=True)
+        optimizer = AdamW(embedding.parameters(), lr=0.1, **own)
+        for ids in ([1, 2], [], [], [1, 3]):
+            optimizer.zero_grad()
+            embedding(torch.tensor(ids, dtype=torch.long)).square().sum().backward()
+            optimizer.step()
+        assert optimizer.state[embedding.weight]["step"] == 4
+        return embedding.weight.detach()
+
+    torch.testing.assert_close(train(fused=fused), train(), rtol=1e-6, atol=1e-6)
+
+
+def test_a_gradient_with_the_negative_bit() -> None:
+    p = nn.Parameter(torch.zeros(4))
+    optimizer = Signum([p], lr=0.1, fused=True)
+    for _ in range(2):
+        p.grad = torch._neg_view(torch.ones(4))
+        optimizer.step()
+    assert (p > 0).all()
+
+
+def test_another_back_end_in_mid_course() -> None:
+    p = nn.Parameter(torch.zeros(4))
+    optimizer = Signum([p], lr=0.1, fused="cpu")
+    for back_end in ON_CPU:
+        optimizer.param_groups[0]["fused"] = back_end
+        p.grad = torch.ones(4)
+        optimizer.step()
+        cache = optimizer.cache(id(optimizer.param_groups[0]))[0]
+        assert (back_end, p.device) in cache
+
+
+@pytest.mark.parametrize("fused", ON_CPU)
+@pytest.mark.parametrize("lazy", ["grad", "ids"])
+def test_a_plan_of_lazy_rows_follows_them(lazy: str, fused: str) -> None:
+    """Other rows at each step, data and records that are replaced."""
+
+    def train(**own: Any) -> torch.Tensor:
+        torch.manual_seed(0)
+        embedding = nn.Embedding(9, 5)
+        tracked = track_rows(embedding)
+        optimizer = Lion(embedding.parameters(), lr=1e-2, lazy=lazy, **own)
+        for t in range(8):
+            if t == 3:
+                embedding.weight.data = embedding.weight.data.clone()
+            if t == 5 and lazy == "ids":
+                tracked.remove()
+                with pytest.raises(RuntimeError, match="nothing tracks"):
+                    optimizer.step()
+                track_rows(embedding)
+            optimizer.zero_grad()
+            embedding(torch.randint(9, (3,))).square().sum().backward()
+            optimizer.step()
+        return embedding.weight.detach()
+
+    assert_equal([train(fused=fused)], [train()])
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -538,11 +633,13 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     with pytest.raises(RuntimeError, match="there is no no-such-compiler on PATH"):
         Lion([nn.Parameter(torch.ones(2))], fused=True)
     broken = tmp_path / "broken"
-    broken.write_text("#!/bin/sh\necho 'cpu.cpp:1: it hurts' >&2\nexit 1\n")
+    broken.write_text("#!/bin/sh\necho 'step.cpp:1: it hurts' >&2\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
-    with pytest.raises(RuntimeError, match=r"could not compile cpu\.cpp.*\n.*it hurts"):
-        Lion([nn.Parameter(torch.ones(2))], fused=True)
+    p = nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    with pytest.raises(RuntimeError, match=r"could not compile a step.*\n.*it hurts"):
+        Lion([p], fused=True).step()
     assert not [f for f in (tmp_path / "minisign").iterdir() if f.suffix == ".so"]
     cpu.library.cache_clear()
 
@@ -552,18 +649,21 @@ def test_the_library_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path:
     compile_it = cpu._compile
     monkeypatch.setattr(cpu, "_compile", lambda *a: (calls.append(a), compile_it(*a)))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    numbers = dict(lr=1.0, beta1=0.5, beta2=0.5, weight_decay=0.0)
+    program = road.program_of(road.Part(Lion.rule, tuple(numbers.items()), ()), counts=False)
     for _ in range(2):
         cpu.library.cache_clear()
-        cpu.library()
+        cpu.library(program, Form())
     assert len(calls) == 1
+    (made,) = (tmp_path / "minisign").glob("*.so")
+    good = made.read_bytes()
+    for content in (b"", good[:-1], b"x" + good):  # cut off, or of somebody else
+        made.unlink()  # which a process that has it loaded does not mind
+        made.write_bytes(content)
+        cpu.library.cache_clear()
+        cpu.library(program, Form())
+    assert len(calls) == 4
     cpu.library.cache_clear()
-
-
-def test_the_structures_have_the_sizes_that_cpp_thinks() -> None:
-    sizes = cpu.library().minisign_sizes
-    sizes.restype = ctypes.c_int64
-    assert sizes(0) == ctypes.sizeof(cpu.Shared)
-    assert sizes(1) == 8 * len(Item(torch.ones(1), None, [torch.ones(1)], None).columns())
 
 
 def test_triton_on_a_cpu_needs_the_interpreter() -> None:
@@ -584,7 +684,7 @@ def test_an_interpreter_that_stops_at_loops_is_not_asked(monkeypatch: pytest.Mon
         monkeypatch.setattr("triton.__version__", triton)
         monkeypatch.setattr("numpy.__version__", numpy)
         if runs:
-            assert kernels.backend("triton", torch.device("cpu")) == "triton"
+            assert kernels.backend("triton", torch.device("cpu")).__name__ == "minisign.kernels.gpu"
         else:
             with pytest.raises(
                 kernels.Unavailable, match=r"Triton 3\.6\.0 stops at loops under NumPy 2\.4\.0: pip"
@@ -633,41 +733,52 @@ def test_rounding_at_random_is_for_bfloat16() -> None:
 # --- without a GPU: what the compiler makes of the kernels ----------------------------------------
 
 PTX = """
-import json, sys, torch, triton
+import json, sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from minisign.kernels import gpu, triton_step as t
-from minisign.kernels.rule import *
+from minisign import AdamW, Lion, Tiger
+from minisign.engine.fused import Part, program_of
+from minisign.kernels import gpu, words
+from minisign.kernels.table import Form
 
-types = dict(f=torch.float32, b=torch.bfloat16, h=torch.float16)
+types = dict(f="float32", b="bfloat16", h="float16")
+own = dict(lr=0.1, weight_decay=0.1)
 rules = dict(
-    lion=Rule(LION, 0.1, 0.1, keep=0.99, weight=0.01, toward=0.1),
-    tiger=Rule(MOMENTUM, 0.1, 0.1, keep=0.9, weight=0.1, scale=RMS, guard=True, shrink=0.9),
-    rows=Rule(MOMENTUM, 0.1, 0.1, keep=0.9, weight=0.1, scale=ROW_RMS, guard=True, shrink=0.9),
-    adamw=Rule(ADAMW, 0.1, 0.1, keep=0.9, weight=0.1, betas=(0.9, 0.999), eps=1e-8, rounded=True),
+    lion=(Lion, dict(own, beta1=0.9, beta2=0.99), {}),
+    sought=(Lion, dict(own, beta1=0.9, beta2=0.99), dict(sought=True)),
+    tiger=(Tiger, dict(own, beta=0.9, scale="rms"), dict(guard=True)),
+    rows=(Tiger, dict(own, beta=0.9, scale="row_rms"), dict(guard=True)),
+    adamw=(AdamW, dict(own, beta1=0.9, beta2=0.999, eps=1e-8), dict(rounded=True)),
 )
-signature = dict(table="*i64", owners="*i32", firsts="*i64", squares="*fp64", bad="*i32", found_inf="*fp32",
-                 grad_scale="*fp32", lr="*fp32", numbers=t.Numbers(*["fp32"] * len(t.Numbers._fields)),
-                 FORM="constexpr")
 out = []
-for rule, kinds, which, aligned, look in json.loads(sys.argv[1]):
-    form = gpu.form_of(rules[rule], which, tuple(types[k] for k in kinds), aligned)._replace(look=look)
-    source = ASTSource(t.step_blocks if which is None else t.step_rows, signature, {"FORM": form})
-    options = gpu.options_of()
+for name, kinds, which, aligned, look in json.loads(sys.argv[1]):
+    cls, numbers, form = rules[name]
+    program = program_of(Part(cls.rule, tuple(numbers.items()), cls.own), cls.counts)
+    form = Form(tuple(types[k] for k in kinds), which, **form)
+    made = gpu.constants(program, form, 20, aligned)
+    options = {x: made.pop(x) for x in ("num_warps", "enable_fp_fusion")}
+    made = {**made, "LOOK": look} | ({"BODY": words.look} if look else {})
+    n = ("fp32",) * len(program.trace.numbers)
+    signature = dict(table="*i64", owners="*i32", firsts="*i64", squares="*fp64", bad="*i32",
+    found_inf="*fp32",
+                     grad_scale="*fp32", lr="*fp32", numbers=words.Numbers(n, n, *["fp32"] * 3),
+                     **dict.fromkeys(made, "constexpr"))
+    source = ASTSource(words.step, signature, made)
     out.append(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
 print(json.dumps(out))
 """
 VARIANTS = [
-    ("lion", "fff", None, True, False),
-    ("lion", "fff", None, False, False),
-    ("lion", "bbb", None, True, False),
-    ("lion", "fhb", None, True, False),
-    ("tiger", "fff", None, True, False),
-    ("tiger", "fff", None, True, True),
-    ("adamw", "bbf", None, True, False),
-    ("rows", "fff", 1, True, False),
-    ("rows", "bbb", 2, True, False),
-    ("adamw", "fff", 3, True, False),
+    ("lion", "fff", "", True, False),
+    ("lion", "fff", "", False, False),
+    ("lion", "bbb", "", True, False),
+    ("lion", "fhb", "", True, False),
+    ("tiger", "fff", "", True, False),
+    ("tiger", "fff", "", True, True),
+    ("adamw", "bbf", "", True, False),
+    ("rows", "fff", "all", True, False),
+    ("rows", "bbb", "masked", True, False),
+    ("adamw", "fff", "listed", True, False),
+    ("sought", "ffb", "all", True, False),
 ]
 
 
@@ -711,15 +822,15 @@ def test_ptx_arithmetic(ptx: dict[Any, str], variant: Any) -> None:
     assert "div.approx" not in code
     assert "sqrt.approx" not in code
     assert not [x for x in code.splitlines() if ".bf16" in x and "cvt.rz" in x]
-    if variant == ("lion", "fff", None, True, False):
-        # 8 entries a thread, full and masked block, two interpolations each, and nothing else.
-        assert code.count("fma.rn.f32") == 2 * 2 * 8
+    if variant == ("lion", "fff", "", True, False):
+        # 8 entries a thread, full and masked block, two interpolations and a step each, and nothing else.
+        assert code.count("fma.rn.f32") == 3 * 2 * 8
 
 
 def test_ptx_addresses_have_64_bits(ptx: dict[Any, str]) -> None:
     """Where a block starts, or a row, is worked out in 64 bits."""
     for (_, _, which, _, _), code in ptx.items():
-        assert re.search(r"shl\.b64 \t%rd\d+, %rd\d+, 10;" if which is None else r"mul\.lo\.s64", code)
+        assert re.search(r"shl\.b64 \t%rd\d+, %rd\d+, 10;" if not which else r"mul\.lo\.s64", code)
 
 
 # --- with one (TRITON_INTERPRET=0 pytest tests/test_fused.py) -------------------------------------

@@ -30,18 +30,9 @@ FLOORS = (
 LEAVES = ("theory", "probes", "plots")  # import nothing of the package but what is in their own room
 HEAVY = ("matplotlib", "tiktoken", "triton", "transformers", "rustbpe", "rich")
 # What may be larger, and why. What is here and need not be is a fault, too.
-LARGE = {
-    "theory.py": "every closed form, one after the other: the mathematics stands in one place",
-    "optim/base.py": "until the engine takes over what a rule has not to know",
-    "optim/base.py::RowOptimizer": "likewise",
-    "optim/tiger.py": "likewise",
-    "optim/tiger.py::Tiger": "likewise",
-    "kernels/triton_step.py": "until it is written from the rule",
-}
+LARGE = {"theory.py": "every closed form, one after the other: the mathematics stands in one place"}
 # Circles that are known, as their modules, and why.
-CIRCLES: dict[tuple[str, ...], str] = {
-    ("minisign.optim.base", "minisign.optim.fused", "minisign.optim.tiger"): "until the engine is there",
-}
+CIRCLES: dict[tuple[str, ...], str] = {}
 Graph = dict[str, set[str]]
 
 

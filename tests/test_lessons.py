@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from minisign import lessons, param_groups
+from minisign import Lion, lessons, optimizer, param_groups
 from minisign.lessons import (
     RIGHT,
     Verdict,
@@ -32,6 +33,7 @@ from minisign.lessons import (
     stingy_memory,
     why_one_over_lambda,
     your_own_model,
+    your_own_optimizer,
 )
 
 # --- the notebooks' first cell, and verdicts ------------------------------------------------------
@@ -74,6 +76,31 @@ def test_only_a_bare_not_implemented_error_is_a_missing_answer() -> None:
     with pytest.raises(NotImplementedError, match="no such operation"):
         check(torchs)
     assert repr(check(empty)) == "Not yet: the function is still empty."
+
+
+def test_a_kernels_own_part_has_no_files_and_no_line_numbers() -> None:
+    for device, first, last in (
+        ("cpu", "static void move(", "}"),
+        ("cuda", "def move(", "    store(B0, i, m, mask, key, tl.float32, False, MASKED)"),
+    ):
+        text = Lion.kernel(device)
+        own = lessons.own_part(text).splitlines()
+        assert own[0].startswith(first)
+        assert own[-1] == last
+        assert "minisign.optim.lion" in text
+        assert "minisign.optim" not in "".join(own)
+        assert any(line.endswith(" p.add_(update, alpha=-lr)") for line in own)
+        assert any(line.endswith(" m.lerp_(g, 1 - beta2)") for line in own)  # of which lion.py says more
+        assert re.search(r"(//|#) \d+: p.add_", text)
+        assert not re.search(r"(//|#) \d+: ", "".join(own))
+
+
+def test_a_refusal_is_its_message() -> None:
+    message = lessons.refusal(optimizer, choosing, buffers=("m",), lr=0.1, beta=0.9)
+    assert re.fullmatch(r"line \d+, `if g > 0:` depends on a tensor's values; .*", message)
+    assert lessons.without_files("line 2 of /a b/c.py, `x`; see d.py") == "line 2, `x`; see d.py"
+    with pytest.raises(AssertionError, match="nothing was refused"):
+        lessons.refusal(Lion, [torch.zeros(3)])
 
 
 # --- every checker: right answers, and wrong ones with what is said of them -----------------------
@@ -743,10 +770,13 @@ CASES |= {
         [
             (
                 (lambda p, g, b, n: 2 * (p + g + b * n),),
-                "only reads the gradient, 20 bytes, the answer is 24",
+                "only reads the gradient: expected 20 bytes, got 24",
             ),
-            ((lambda p, g, b, n: p + g + b * n,), "Lion in float32 writes as well, 20 bytes"),
-            ((lambda p, g, b, n: 20,), "AdamW in float32 moves 28 bytes, the answer is 20"),
+            ((lambda p, g, b, n: p + g + b * n,), "Lion in float32 writes as well: expected 20 bytes"),
+            ((lambda p, g, b, n: 20,), "AdamW in float32 moves 28 bytes, got 20"),
+            ((lambda p, g, b, n: math.nan,), "moves 20 bytes, got nan"),
+            ((lambda p, g, b, n: "20",), "a number is expected, got '20'"),
+            ((20,), "a function is expected, got 20"),
             ((empty,), "still empty"),
         ],
     ),
@@ -757,7 +787,16 @@ CASES |= {
                 (lambda program, sizes, block: (0, program * block, (program + 1) * block),),
                 "goes beyond the end",
             ),
-            ((lambda program, sizes, block: (program, 0, sizes[program]),), "(0, 0, 4), not (0, 0, 5)"),
+            (
+                (lambda program, sizes, block: (program, 0, sizes[program]),),
+                "expected (0, 0, 4), got (0, 0, 5)",
+            ),
+            ((lambda program, sizes, block: (0, 0, math.nan),), "expected (0, 0, 4), got (0, 0, nan)"),
+            ((lambda program, sizes, block: program,), "3 numbers are expected, got 0"),
+            (
+                (lambda program, sizes, block: ["a", "b", "c"],),
+                "3 numbers are expected, got ['a', 'b', 'c']",
+            ),
             ((nothing,), "returns nothing"),
         ],
     ),
@@ -765,7 +804,10 @@ CASES |= {
         (tuned_on(copies=True),),
         [
             ((tuned_on(copies=False),), "moves the weights 4 times"),
-            ((tuned_on(copies=True, momentum_too=False),), "the weights did not go with it: 1, not 0"),
+            (
+                (tuned_on(copies=True, momentum_too=False),),
+                "the weights did not go with it: expected 0, got 1",
+            ),
             ((lambda update, p, m, c, clock: update(p, m, 1) or 1,), "the fastest configuration is 2"),
         ],
     ),
@@ -877,6 +919,150 @@ CASES |= {
     ),
 }
 
+
+def empty_rule(p: Any, g: Any, m: Any, **numbers: float) -> None:
+    raise NotImplementedError
+
+
+def nesterov(p: Any, g: Any, m: Any, *, lr: float, beta: float) -> None:
+    m.mul_(beta).add_(g)
+    p.add_(g.add(m, alpha=beta), alpha=-lr)
+
+
+def nesterov_in_signs(p: Any, g: Any, m: Any, *, lr: float, beta: float) -> None:
+    m *= beta
+    m += g
+    p -= lr * (g + beta * m)
+
+
+def nesterov_of_finite_numbers(p: Any, g: Any, m: Any, *, lr: float, beta: float) -> None:
+    m.mul_(beta).add_(g)
+    p.add_(g.add(m, alpha=beta).nan_to_num(), alpha=-lr)
+
+
+def nesterov_in_place_of_g(p: Any, g: Any, m: Any, *, lr: float, beta: float) -> None:
+    m.mul_(beta).add_(g)
+    p.add_(g.add_(m, alpha=beta), alpha=-lr)
+
+
+def nesterov_of_the_old_momentum(p: Any, g: Any, m: Any, *, lr: float, beta: float) -> None:
+    p.add_(g.add(m, alpha=beta), alpha=-lr)
+    m.mul_(beta).add_(g)
+
+
+def nesterov_without_a_memory(p: Any, g: Any, m: Any, *, lr: float, beta: float) -> None:
+    m = beta * m + g
+    p.add_(g.add(m, alpha=beta), alpha=-lr)
+
+
+def heavy_ball(p: Any, g: Any, m: Any, *, lr: float, beta: float) -> None:
+    m.mul_(beta).add_(g)
+    p.add_(m, alpha=-lr)
+
+
+def nan_in_one_place(p: Any, g: Any, m: Any, *, lr: float, beta: float) -> None:
+    nesterov(p, g, m, lr=lr, beta=beta)
+    p[3] = math.nan
+
+
+def another_rate(p: Any, g: Any, m: Any, *, lr: float, beta: float) -> None:
+    nesterov(p, g, m, lr=2 * lr, beta=beta)
+
+
+def choosing(p: Any, g: Any, m: Any, *, lr: float, beta: float) -> None:
+    if g > 0:
+        p.add_(g, alpha=-lr)
+
+
+def without_beta(p: Any, g: Any, m: Any, *, lr: float) -> None:
+    m.add_(g)
+
+
+def bytes_of_lines(lines: Any) -> Any:
+    read, written = {x for _, names in lines for x in names}, {out for out, _ in lines}
+    memory = set("pgmv")
+    return 4 * sum(len(r) + 1 for _, r in lines), 4 * (len(read & memory) + len(written & memory))
+
+
+def bytes_with_intermediate_ones(lines: Any) -> Any:
+    read, written = {x for _, names in lines for x in names}, {out for out, _ in lines}
+    return bytes_of_lines(lines)[0], 4 * (len(read) + len(written))
+
+
+def sgd(p: Any, g: Any, m: Any, *, lr: float, beta: float, weight_decay: float) -> None:
+    m.mul_(beta).add_(g).add_(p, alpha=weight_decay)
+    p.add_(m, alpha=-lr)
+
+
+def sgd_with_a_sum(p: Any, g: Any, m: Any, *, lr: float, beta: float, weight_decay: float) -> None:
+    g = g + weight_decay * p
+    m.mul_(beta).add_(g)
+    p.add_(m, alpha=-lr)
+
+
+def shipped_sgd(p: Any, g: Any, m: Any, *, lr: float, beta: float, weight_decay: float) -> None:
+    g.add_(p, alpha=weight_decay)
+    m.mul_(beta).add_(g)
+    p.add_(m, alpha=-lr)
+
+
+def decoupled_sgd(p: Any, g: Any, m: Any, *, lr: float, beta: float, weight_decay: float) -> None:
+    m.mul_(beta).add_(g)
+    p.mul_(1 - lr * weight_decay).add_(m, alpha=-lr)
+
+
+def undecayed_sgd(p: Any, g: Any, m: Any, *, lr: float, beta: float, weight_decay: float) -> None:
+    heavy_ball(p, g, m, lr=lr, beta=beta)
+
+
+CASES |= {
+    your_own_optimizer.check_nesterov: (
+        (nesterov,),
+        [
+            ((heavy_ball,), "this is the heavy ball"),
+            ((nesterov_of_the_old_momentum,), "this is the heavy ball, of which the old g + βm"),
+            ((nesterov_without_a_memory,), "the buffer m is still the same after the step"),
+            ((nesterov_in_place_of_g,), "the step changes the gradient: it was -0.6232 and is"),
+            ((nesterov_of_finite_numbers,), "can be made of it: line "),
+            ((nan_in_one_place,), "θ is nan after step 1"),
+            ((another_rate,), "after step 1 the weight p["),
+            ((choosing,), "the step ends with RuntimeError: Boolean value of Tensor"),
+            ((without_beta,), "it cannot be called as rule(p, g, m, lr=…, beta=…)"),
+            ((lambda p, g, m, *, lr, beta: None,), "the buffer m is still the same"),
+            ((None,), "a function is expected, got None"),
+            ((math.nan,), "a function is expected, got nan"),
+            ((empty_rule,), "still empty"),
+        ],
+    ),
+    your_own_optimizer.check_bytes_of_rule: (
+        (bytes_of_lines,),
+        [
+            ((lambda lines: [x // 4 for x in bytes_of_lines(lines)],), "these are numbers, not bytes"),
+            ((lambda lines: bytes_of_lines(lines)[:1] * 2,), "one pass over the heavy ball"),
+            ((bytes_with_intermediate_ones,), "what is intermediate in Lion never gets to memory"),
+            ((lambda lines: (bytes_of_lines(lines)[0], 0),), "one pass over SGD moves 12 bytes, got 0"),
+            ((lambda lines: (12, 12),), "the lines of the heavy ball move 32 bytes, got 12"),
+            ((lambda lines: (math.nan, math.nan),), "the lines of SGD move 12 bytes, got nan"),
+            ((lambda lines: (12, math.nan),), "one pass over SGD moves 12 bytes, got nan"),
+            ((lambda lines: 12,), "2 numbers are expected, got 12"),
+            ((lambda lines: ("12", "12"),), "2 numbers are expected, got ('12', '12')"),
+            ((nothing,), "returns nothing"),
+            ((empty,), "still empty"),
+        ],
+    ),
+    your_own_optimizer.check_sgd: (
+        (sgd,),
+        [
+            ((shipped_sgd,), "the step changes the gradient: it was -0.6232 and is"),
+            ((decoupled_sgd,), "the decay goes past the momentum"),
+            ((undecayed_sgd,), "the weight decay is gone"),
+            ((heavy_ball,), "it cannot be called as rule(p, g, m, lr=…, beta=…, weight_decay=…)"),
+            (("sgd",), "a function is expected, got 'sgd'"),
+            ((empty_rule,), "still empty"),
+        ],
+    ),
+}
+
 CASES |= {
     adam_ratio.check_update_ratio: (
         (adam_ratio_of,),
@@ -946,6 +1132,25 @@ def wrong() -> Iterator[Any]:
 @pytest.mark.parametrize("check", CASES, ids=lambda c: f"{c.__module__[17:]}.{c.__name__}")
 def test_right_answers_are_accepted(check: Callable[..., Verdict]) -> None:
     verdict = check(*CASES[check][0])
+    assert verdict, repr(verdict)
+
+
+@pytest.mark.parametrize(
+    ("check", "answer"),
+    [
+        (your_own_optimizer.check_nesterov, nesterov_in_signs),
+        (your_own_optimizer.check_sgd, sgd_with_a_sum),
+        (your_own_optimizer.check_bytes_of_rule, lambda lines: torch.tensor(bytes_of_lines(lines))),
+        (your_own_optimizer.check_bytes_of_rule, lambda lines: [float(x) for x in bytes_of_lines(lines)]),
+        (
+            fused_kernels.check_bytes,
+            lambda *sizes: np.int64(CASES[fused_kernels.check_bytes][0][0](*sizes)),
+        ),
+        (fused_kernels.check_work, lambda *given: torch.tensor(work_of(*given))),
+    ],
+)
+def test_right_answers_in_another_form(check: Callable[..., Verdict], answer: Callable[..., Any]) -> None:
+    verdict = check(answer)
     assert verdict, repr(verdict)
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
 from minisign import AdamW, Hybrid, Lion, Signum, Tiger, param_groups, track_rows
-from minisign.optim.rows import _LOOKED_UP
+from minisign.engine.rows import _LOOKED_UP, recorded_rows
 
 ALL = [Signum, Lion, Tiger, AdamW]
 every = pytest.mark.parametrize("cls", ALL)
@@ -631,6 +631,27 @@ def test_state_keeps_its_dtype_on_load(cls: Any) -> None:
     other = Hybrid(cls([p]))
     other.load_state_dict(saved)
     assert other.state[p][name].dtype == torch.float32
+
+
+def test_rows_are_recorded_however_an_embedding_is_called_and_whoever_pads() -> None:
+    weight = nn.Parameter(torch.ones(4, 2))
+    plain, padded = nn.Embedding(4, 2), nn.Embedding(4, 2, padding_idx=0)
+    plain.weight = padded.weight = weight
+    track_rows(nn.ModuleList([plain, padded]))
+    plain(torch.tensor([0, 1]))
+    padded(input=torch.tensor([0, 2]))
+    assert recorded_rows(weight).tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_on_a_sparse_gradient_ends_the_record(fused: bool) -> None:
+    embedding = nn.Embedding(4, 2)
+    track_rows(embedding)
+    optimizer = Lion(embedding.parameters(), lr=0.1, lazy="ids", fused=fused)
+    embedding(torch.tensor([0])).sum().backward()
+    embedding.weight.grad = embedding.weight.grad.to_sparse(1)
+    optimizer.step()
+    assert not recorded_rows(embedding.weight).any()
 
 
 @pytest.mark.trained

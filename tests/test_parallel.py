@@ -22,13 +22,13 @@ from safetensors.torch import load_file
 
 from minisign import EmbeddingWatch, Tiger, track_rows
 from minisign.doctor.watch import LOG
+from minisign.engine.shards import check_rows, first_row, local
 from minisign.lab.build import load_tokens
 from minisign.lab.checkpoint import newest, steps_of
 from minisign.lab.config import Config
 from minisign.lab.corpus import CorpusConfig, generate
 from minisign.lab.parallel import ALONE, World, joined
 from minisign.lab.train import MODEL, Run, train
-from minisign.optim.shards import check_rows, first_row, local
 from minisign.studies.processes import ONE_THREAD
 
 HERE = Path(__file__).parent

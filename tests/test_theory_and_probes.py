@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from minisign import AdamW, Hybrid, Lion, Signum, Tiger, theory
 from minisign.lab.gpt import GPT, GPTConfig
 from minisign.probes import (
+    Traffic,
     common_mode,
     extremes,
     frequency_groups,
@@ -362,6 +363,19 @@ def test_unigram_loss_is_the_cross_entropy_of_the_frequencies() -> None:
     seen, targets = np.array([0, 0, 0, 1, 3]), np.array([[0, 1], [2, 0]])
     shares = np.array([3.5, 1.5, 0.5, 1.5]) / 7
     assert unigram_loss(seen, targets) == pytest.approx(-np.log(shares[targets]).mean())
+
+
+def test_traffic_counts_arguments_and_results() -> None:
+    x, y, narrow = torch.ones(10), torch.ones(10), torch.ones(10, dtype=torch.bfloat16)
+    with Traffic() as traffic:
+        x.add_(y)
+        assert traffic.moved == 3 * 40
+        torch.where(x > 0, x, y)
+        assert traffic.moved == (3 + 1 + 3) * 40 + 2 * 10  # a mask has a byte for each entry
+        x.copy_(narrow)
+    assert traffic.moved == (7 + 2) * 40 + 20 + 20
+    x.add_(y)
+    assert traffic.moved == 400
 
 
 def test_state_bytes_are_those_of_the_buffers() -> None:

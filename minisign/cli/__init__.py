@@ -8,14 +8,14 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from minisign.cli import corpus, inspect, probe, repair, reproduce, train
-from minisign.kernels.rule import Unavailable
+from minisign.cli import corpus, inspect, kernel, probe, repair, reproduce, train
+from minisign.kernels.table import Unavailable
 from minisign.lab.files import one_line
 from minisign.lab.jitter import JITTER, natural_number
 
 # Each has HELP and DESCRIPTION, `arguments`, which says what options there are, and `run`, which returns
 # the exit code.
-COMMANDS = (reproduce, train, probe, inspect, repair, corpus)
+COMMANDS = (reproduce, train, probe, inspect, repair, corpus, kernel)
 
 DESCRIPTION = """\
 Sign-based optimizers to read, run and trust.
@@ -35,7 +35,8 @@ examples:
   minisign probe --model gpt2/ --text book.txt   of a GPT-2 or RoBERTa checkpoint
   minisign inspect model.safetensors             are rows of its embedding at ±1/λ? exit code 1 if so
   minisign repair model/ --out mended/           a copy with those rows scaled down
-  minisign corpus --words 1000 --out sample.txt  the generated text"""
+  minisign corpus --words 1000 --out sample.txt  the generated text
+  minisign kernel lion --for cuda --lazy         the Triton kernel that is made of Lion's rule"""
 
 
 class Parser(argparse.ArgumentParser):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from minisign.optim.base import check_counts
+from minisign.engine.checks import check_counts
 from minisign.probes import BEYOND, Blocks, coming_updates, update_kind
 
 ACTIONS = ("warn", "skip", "slow", "back")

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minisign.engine.shards import add_up, is_sharded, local
 from minisign.optim.groups import EMBEDDINGS
-from minisign.optim.shards import add_up, is_sharded, local
 from minisign.probes.saturation import NEAR, saturated_rows
 from minisign.probes.updates import update_kind
 

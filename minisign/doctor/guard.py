@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from minisign.doctor.alarm import ACTIONS, Event, UsualLosses, worst_ratio
 from minisign.doctor.saves import Saves, step_of
 from minisign.doctor.slow import SlowSpell
+from minisign.engine.checks import check_counts
 from minisign.lab.files import MISFITS, one_line
-from minisign.optim.base import check_counts
 from minisign.probes import Blocks, default_blocks
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from minisign.doctor.alarm import Event
+from minisign.engine.checks import check_counts
 from minisign.lab.files import MISFITS, one_line, prepare_out, read_checkpoint, write_json, write_whole
-from minisign.optim.base import check_counts
 
 FORMAT = "minisign guard 1"
 EVENTS = "events.json"

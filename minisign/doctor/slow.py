@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minisign.optim.base import check_counts
+from minisign.engine.checks import check_counts
 
 
 class SlowSpell:

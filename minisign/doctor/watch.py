@@ -26,8 +26,8 @@ from torch import nn
 
 from minisign import theory
 from minisign.doctor.envelope import Watched, find_watched, may_move_without, measure
+from minisign.engine.checks import check_counts
 from minisign.lab.files import prepare_out
-from minisign.optim.base import check_counts
 
 LOG = "embedding_watch.jsonl"
 GROWN = 3.0  # times what is left of the largest entry at the start: so far the push must be to stand out

@@ -1,28 +1,27 @@
-"""Fused back ends: one pass over the memory for all tensors of a group.
+"""From a rule to a kernel that takes one pass over the memory: C++ for a CPU, Triton for a GPU.
 
-``minisign.optim`` loads this where ``fused`` asks for it, and nothing else does.
+``minisign.engine`` loads this where ``fused`` asks for it, and nothing else does.
 
-    rule.py            what is to be computed, in numbers
-    triton_step.py     the kernels for GPUs, which also run under Triton's interpreter on a CPU
-    gpu.py             their launch: tables of addresses, and which variant is compiled
-    cpu.cpp, cpu.py    the same step for CPUs, in C++, compiled at first use
+    vocabulary.py       the words that rules are written in
+    trace.py            what a rule does, remembered: a program
+    table.py            what a kernel is made for, and where its tensors lie
+    cpp.py, step.h      the program as C++; what all such steps share      cpu.py    compiled and called
+    triton.py, words.py the program as Triton; what all such share         gpu.py    launched
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from minisign.kernels.rule import TYPES, Launch, Rule, Unavailable
+from minisign.kernels.table import Unavailable
 
 
-def backend(fused: bool | str, device: torch.device) -> str:
-    """Which back end ``fused`` means for parameters on ``device``, ready for use.
+def backend(fused: bool | str, device: torch.device) -> Any:
+    """The module whose ``step`` is meant by ``fused`` for parameters on ``device``, ready for use.
 
     Raises:
         Unavailable: no C++ compiler, no Triton, or no back end for the device; the message says what is
@@ -32,13 +31,14 @@ def backend(fused: bool | str, device: torch.device) -> str:
     if name == "cpu" and device.type == "cpu":
         from minisign.kernels import cpu
 
-        cpu.library()
-        return name
+        cpu.compiler()
+        return cpu
     if name == "triton" and device.type in ("cpu", "cuda"):
         try:
             import triton
 
-            from minisign.kernels.triton_step import INTERPRETED
+            from minisign.kernels import gpu
+            from minisign.kernels.words import INTERPRETED
         except ImportError as error:
             raise Unavailable(
                 f"fused={fused!r} on {device.type} needs Triton, which cannot be loaded ({error}); "
@@ -58,47 +58,10 @@ def backend(fused: bool | str, device: torch.device) -> str:
                 f"the interpreter of Triton {triton.__version__} stops at loops under NumPy "
                 f"{np.__version__}: pip install 'numpy<2.4', or a PyTorch with Triton 3.7"
             )
-        return name
+        return gpu
     raise Unavailable(f"fused={fused!r} has no back end for parameters on {device.type!r}")
 
 
 def release(package: ModuleType) -> tuple[int, ...]:
     """The first two numbers of its version."""
     return tuple(map(int, package.__version__.split(".")[:2]))
-
-
-def takes(p: Tensor, g: Tensor, buffers: Sequence[Tensor], by_rows: bool) -> bool:
-    """Whether the kernels can step on these: dense, of one memory order, float32, bfloat16 or float16."""
-    if p.dtype not in TYPES or g.dtype not in TYPES or g.device != p.device:
-        return False
-    kind = buffers[0].dtype
-    if any(b.dtype != kind or b.device != p.device for b in buffers) or kind not in TYPES:
-        return False
-    if p.is_contiguous():
-        return g.is_contiguous() and all(b.is_contiguous() for b in buffers)
-    if by_rows or not torch.ops.aten.is_non_overlapping_and_dense(p):
-        return False
-    return all(x.stride() == p.stride() and x.shape == p.shape for x in (g, *buffers))
-
-
-def step(
-    name: str,
-    rule: Rule,
-    launch: Launch,
-    cache: dict[Any, Any],
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> None:
-    """One step on tensors that :func:`takes` accepts.
-
-    Args:
-        name: from :func:`backend`.
-        cache: the caller keeps it from step to step; what is in it is the back end's matter.
-        grad_scale: 1-element float32, by which gradients are divided. found_inf: 1-element float32; where
-            it is not 0 nothing happens.
-    """
-    if name == "cpu":
-        from minisign.kernels import cpu as module
-    else:
-        from minisign.kernels import gpu as module  # type: ignore[no-redef]
-    module.step(rule, launch, cache, grad_scale, found_inf)

@@ -1,11 +1,15 @@
-"""Launches the kernels of triton_step.py: the tables they read, and what they are compiled for."""
+"""Launches what triton.py writes: the tables that the kernel of words.py reads, and what is compiled."""
 
 from __future__ import annotations
 
-import math
+import functools
+import hashlib
+import importlib.util
+import sys
 from array import array
 from collections import OrderedDict
 from contextlib import nullcontext
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,157 +17,112 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from minisign.kernels.rule import COLUMNS, RMS, Launch, Rule, lerp
-from minisign.kernels.triton_step import (
-    BLOCK,
-    INTERPRETED,
-    ROW_BLOCK,
-    WARPS,
-    Form,
-    Numbers,
-    step_blocks,
-    step_rows,
-)
+from minisign.kernels import triton, words
+from minisign.kernels.kept import folder, keep
+from minisign.kernels.program import Program
+from minisign.kernels.table import COUNT, SIZE, WIDTH, B, Call, Form, Launch, P
 
-TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 TABLES_KEPT = 16
 
 
 class Table(NamedTuple):
     """On the device: who lies where, and which program is for whom."""
 
-    columns: Tensor  # [n · COLUMNS], int64
+    columns: Tensor  # [n · width], int64
     owners: Tensor  # [programs], int32: the tensor
     firsts: Tensor  # [n], int64: the first program of a tensor
-    squares: Tensor  # [n], float64, for LOOK
-    bad: Tensor  # [n], int32, for LOOK
+    squares: Tensor  # [n], float64: looks
+    bad: Tensor  # [n], int32: looks
 
 
-def step(
-    rule: Rule,
-    launch: Launch,
-    cache: dict[Any, Any],
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
-    """One launch for all tensors, or two where the rule looks first, and as many again for those that do
-    not begin at a multiple of 16 bytes; the arguments are those of :func:`minisign.kernels.step`."""
+@functools.cache
+def module(program: Program, form: Form) -> ModuleType:
+    """The made module. It is a file, because Triton reads the source of what it compiles."""
+    text = triton.write(program, form)
+    name = f"made_{hashlib.sha256(text.encode()).hexdigest()[:20]}"
+    path = folder() / f"{name}.py"
+    if not path.exists() or path.read_text() != text:
+        keep(path, text)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    made = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+def step(program: Program, launch: Launch, call: Call, cache: dict[Any, Any]) -> None:
+    """One launch for all tensors, or two where something must be known first, and as many again for those
+    that do not begin at a multiple of 16 bytes. ``cache`` is kept by the caller from step to step."""
     if launch.steps:
         torch._foreach_add_(launch.steps, 1.0)
-        if found_inf is not None:  # a step that is not made does not count
-            torch._foreach_sub_(launch.steps, [found_inf.reshape(())] * len(launch.steps))
-    lines = launch.columns
-    odd = {i // COLUMNS for c in (0, 1, 2, 3, 8) for i in range(c, len(lines), COLUMNS) if lines[i] % 16}
-    if not odd:
-        _launch(rule, launch, lines, True, cache, grad_scale, found_inf)
-        return
+        if call.found_inf is not None:  # a step that is not made does not count
+            torch._foreach_sub_(launch.steps, [call.found_inf.reshape(())] * len(launch.steps))
+    lines, width, buffers = launch.table, launch.width, len(program.buffers)
+    addresses = [*range(P, B + buffers), *([WIDTH] if launch.form.rows else [])]
+    odd = {i // width for c in addresses for i in range(c, len(lines), width) if lines[i] % 16}
     for aligned in (True, False):
-        chosen = [i for i in range(len(launch.items)) if (i not in odd) == aligned]
+        chosen = [i for i in range(launch.count) if (i not in odd) == aligned]
         if chosen:
-            part = array("q", [x for i in chosen for x in lines[i * COLUMNS : (i + 1) * COLUMNS]])
-            _launch(rule, launch, part, aligned, cache, grad_scale, found_inf)
+            part = (
+                array("q", [x for i in chosen for x in lines[i * width : (i + 1) * width]])
+                if odd
+                else lines
+            )
+            _launch(program, launch, part, aligned, call, cache)
 
 
 def _launch(
-    rule: Rule,
-    launch: Launch,
-    lines: array[int],
-    aligned: bool,
-    cache: dict[Any, Any],
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
+    program: Program, launch: Launch, lines: array[int], aligned: bool, call: Call, cache: dict[Any, Any]
 ) -> None:
-    device, by_rows = launch.device, launch.which is not None
-    table = _table(lines, by_rows, cache, device)
-    nothing = cache.get(device)
-    if nothing is None:
-        nothing = cache[device] = torch.zeros(1, device=device)
-    form = form_of(rule, launch.which, launch.types, aligned, grad_scale is not None)
-    lr = rule.lr.reshape(1).float() if isinstance(rule.lr, Tensor) else nothing
+    device, form = launch.device, launch.form
+    table = _table(launch, lines, cache)
+    if "none" not in cache:
+        cache["none"] = torch.zeros(1, device=device), torch.ones(1, device=device)
+    zero, one = cache["none"]
     arguments = (
-        table.columns,
-        table.owners,
-        table.firsts,
-        table.squares,
-        table.bad,
-        nothing if found_inf is None else found_inf,
-        nothing if grad_scale is None else grad_scale,
-        lr.to(device),
-        numbers_of(rule),
+        *table,
+        zero if call.found_inf is None else call.found_inf,
+        one if call.grad_scale is None else call.grad_scale,
+        zero if call.lr is None else call.lr.reshape(1).float().to(device),
+        numbers_of(call),
     )
-    kernel = (step_rows if by_rows else step_blocks)[(len(table.owners),)]
-    options: dict[str, Any] = {} if INTERPRETED else options_of()
+    kernel = words.step[(len(table.owners),)]
+    made = constants(program, form, launch.width, aligned)
+    if not len(table.owners):
+        return
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        if form.guard or (rule.scale == RMS and rule.move and not by_rows):
+        if form.guard or (program.size == "tensor" and not form.rows):
             table.squares.zero_()
             table.bad.zero_()
-            kernel(*arguments, FORM=form._replace(look=True), **options)
-        kernel(*arguments, FORM=form, **options)
+            kernel(*arguments, **{**made, "BODY": words.look}, LOOK=True)
+        kernel(*arguments, **made, LOOK=False)
 
 
-def form_of(
-    rule: Rule, which: int | None, types: tuple[torch.dtype, ...], aligned: bool, unscale: bool = False
-) -> Form:
-    """What a kernel is compiled for."""
-    p, g, m = (TRITON_TYPES[t] for t in types)
-    return Form(
-        look=False,
-        kind=rule.kind,
-        scale=rule.scale,
-        rows=which or 0,
-        memory=rule.memory[0],
-        toward=lerp(rule.toward)[0],
-        guard=rule.guard and rule.fold,
-        move=rule.move,
-        fold=rule.fold,
-        rounded=rule.rounded,
-        unscale=unscale,
-        lr_tensor=isinstance(rule.lr, Tensor),
-        log2_beta1=_log2(rule.betas[0]),
-        log2_beta2=_log2(rule.betas[1]),
-        p=p,
-        g=g,
-        m=m,
-        aligned=aligned,
-        block=BLOCK if which is None else ROW_BLOCK,
-    )
+def constants(program: Program, form: Form, columns: int, aligned: bool) -> dict[str, Any]:
+    """What the kernel is compiled for."""
+    p, g = (getattr(tl, name) for name in form.types[:2])
+    shape = words.Shape(
+        p, g, len(program.buffers), columns, program.size, form.guard, form.rows, form.sought, aligned,
+        words.BLOCK,
+    )  # fmt: skip
+    # Triton's own default of fusing multiply-adds changes between versions.
+    options = {} if words.INTERPRETED else {"num_warps": words.WARPS, "enable_fp_fusion": False}
+    return {"BODY": module(program, form).move, "SHAPE": shape, **options}
 
 
-def options_of() -> dict[str, Any]:
-    """How a kernel is compiled. Triton's own default of fusing multiply-adds changes between versions."""
-    return {"num_warps": WARPS, "enable_fp_fusion": False}
+def numbers_of(call: Call) -> words.Numbers:
+    """What changes from step to step, as float32; the interpreter would keep float64."""
+    k = tuple(float(np.float32(x)) for x in call.numbers)
+    rest = tuple(float(np.float32(x - y)) for x, y in zip(call.numbers, k, strict=True))
+    return words.Numbers(k, rest, *(float(np.float32(x)) for x in (call.sign, call.shrink, call.center)))
 
 
-def numbers_of(rule: Rule) -> Numbers:
-    """What changes from step to step."""
-    lr = 0.0 if isinstance(rule.lr, Tensor) else rule.lr
-    numbers = Numbers(
-        lr=lr,
-        lr_rest=lr - float(np.float32(lr)),
-        decay=0.0 if isinstance(rule.lr, Tensor) else rule.decay(lr),
-        weight_decay=rule.weight_decay,
-        keep=rule.keep,
-        weight=rule.weight,
-        memory=rule.memory[1],
-        toward=lerp(rule.toward)[1],
-        beta2=rule.betas[1],
-        square=1 - rule.betas[1],
-        eps=rule.eps,
-        shrink=rule.shrink,
-        center=rule.center,
-        sign=-1.0 if rule.maximize else 1.0,
-    )
-    return Numbers(*(float(np.float32(x)) for x in numbers))  # the interpreter would keep float64
-
-
-def _log2(beta: float) -> float:
-    return math.log2(beta) if beta > 0 else -1e9  # 0 to any power t ≥ 1 is 0
-
-
-def _table(lines: array[int], by_rows: bool, cache: dict[Any, Any], device: torch.device) -> Table:
+def _table(launch: Launch, lines: array[int], cache: dict[Any, Any]) -> Table:
     """These lines on the device; sent anew only where an address is another one."""
+    device, width, rows = launch.device, launch.width, launch.form.rows
     tables: OrderedDict[Any, Table] = cache.setdefault("tables", OrderedDict())
-    key = (by_rows, device, lines.tobytes())
+    key = (rows, device, lines.tobytes())
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if key not in tables:
         if capturing:
@@ -172,7 +131,8 @@ def _table(lines: array[int], by_rows: bool, cache: dict[Any, Any], device: torc
                 "before the capture and keep the gradients, zero_grad(set_to_none=False)"
             )
         columns = torch.tensor(lines, dtype=torch.int64)
-        counts = columns[9::COLUMNS] if by_rows else -(-columns[5::COLUMNS] // BLOCK)
+        sizes = columns[SIZE::width]
+        counts = columns[COUNT::width] if rows else -(-sizes // words.BLOCK)
         n = len(counts)
         tables[key] = Table(
             columns=_send(columns, device),

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
+from minisign.engine.checks import check_number
 from minisign.lab.config import Config
 from minisign.lab.corpus import generate
 from minisign.lab.gpt import GPT
 from minisign.lab.jitter import jittered
 from minisign.lab.tokenizer import Tokens, read_text, tokenize, train_encoding
 from minisign.optim import AdamW, Hybrid, Lion, Signum, Tiger, param_groups, track_rows
-from minisign.optim.base import check_number
 
 
 def load_tokens(config: Config) -> Tokens:

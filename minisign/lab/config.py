@@ -6,9 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from minisign.engine.checks import check_number
 from minisign.lab.corpus import DEFAULT as DEFAULT_CORPUS, CorpusConfig
 from minisign.lab.gpt import GPTConfig
-from minisign.optim.base import check_number
 
 OPTIMIZERS = ("sgd", "signum", "lion", "tiger", "adamw")
 

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from minisign.engine.shards import like_rows, whole
 from minisign.lab import checkpoint
 from minisign.lab.build import build_model, build_optimizer, load_tokens
 from minisign.lab.checkpoint import Checkpoint
@@ -26,7 +27,6 @@ from minisign.lab.files import MISFITS, one_line, write_json, write_whole
 from minisign.lab.loss import cross_entropy
 from minisign.lab.parallel import ALONE, World
 from minisign.lab.tokenizer import Tokens
-from minisign.optim.shards import like_rows, whole
 from minisign.probes import token_losses
 
 MODEL, CONFIG = "model.safetensors", "config.json"

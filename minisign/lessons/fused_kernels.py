@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minisign.lessons import RIGHT, Verdict, ask, checker
+from minisign.lessons import RIGHT, Verdict, ask, checker, numbers
 
 
 @checker
@@ -26,13 +26,13 @@ def check_bytes(answer: Callable[[int, int, int, int], int]) -> Verdict:
     for case, name in cases.items():
         parameter, gradient, buffer, buffers = case
         right = 2 * parameter + gradient + 2 * buffer * buffers
-        given = ask(answer, *case)
+        (given,) = numbers(ask(answer, *case))
         if given == right + gradient:
-            return Verdict(f"{name} only reads the gradient, {right} bytes, the answer is {given}")
+            return Verdict(f"{name} only reads the gradient: expected {right} bytes, got {given:g}")
         if given == parameter + gradient + buffer * buffers:
-            return Verdict(f"{name} writes as well, {right} bytes, the answer is {given}")
+            return Verdict(f"{name} writes as well: expected {right} bytes, got {given:g}")
         if given != right:
-            return Verdict(f"{name} moves {right} bytes, the answer is {given}")
+            return Verdict(f"{name} moves {right} bytes, got {given:g}")
     return RIGHT
 
 
@@ -44,12 +44,13 @@ def check_work(answer: Callable[[int, list[int], int], tuple[int, int, int]]) ->
         for tensor, size in enumerate(sizes):
             for start in range(0, size, block):
                 right = (tensor, start, min(start + block, size))
-                given = tuple(ask(answer, program, list(sizes), block))
+                given = numbers(ask(answer, program, list(sizes), block), 3)
+                said = ", ".join(f"{x:g}" for x in given)
                 if given != right and given == (*right[:2], start + block):
-                    return Verdict(f"program {program} of {sizes} goes beyond the end, to {given[2]}")
+                    return Verdict(f"program {program} of {sizes} goes beyond the end, to {start + block}")
                 if given != right:
                     return Verdict(
-                        f"program {program} of {sizes} in blocks of {block}: {right}, not {given}"
+                        f"program {program} of {sizes} in blocks of {block}: expected {right}, got ({said})"
                     )
                 program += 1
     return RIGHT
@@ -67,13 +68,13 @@ def check_autotune(answer: Callable[..., Any]) -> Verdict:
 
     p, m = torch.ones(3), torch.zeros(3)
     fastest = ask(answer, update, p, m, [1, 2, 4], lambda: time[0])
-    steps = int(m[0])
+    steps = float(m[0])
     if steps != 1:
-        return Verdict(f"the first step moves the weights {steps} times")
+        return Verdict(f"the first step moves the weights {steps:g} times")
     if not torch.equal(p, torch.zeros(3)):
         return Verdict(
-            f"the momentum moved once and the weights did not go with it: {float(p[0]):g}, not 0"
+            f"the momentum moved once and the weights did not go with it: expected 0, got {float(p[0]):g}"
         )
     if fastest != 2:
-        return Verdict(f"the fastest configuration is 2, the answer is {fastest}")
+        return Verdict(f"the fastest configuration is 2, got {fastest}")
     return RIGHT

@@ -8,20 +8,12 @@ from typing import Any
 from torch import nn
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-NORMS = (
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.GroupNorm,
-    nn.modules.batchnorm._NormBase,  # batch and instance norms
-)
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 KINDS = ("embedding", "matrix", "bias", "norm", "head")
 
 
 def param_groups(
-    model: nn.Module,
-    *,
-    output: nn.Module | None = None,
-    **options: Mapping[str, Any],
+    model: nn.Module, *, output: nn.Module | None = None, **options: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """The parameters of ``model`` in groups for any optimizer, each with its ``kind``.
 
@@ -59,7 +51,7 @@ def param_groups(
 
     members: dict[str, list[tuple[str, nn.Parameter]]] = {kind: [] for kind in KINDS}
     seen: set[int] = set()
-    for name, parameter, module in sorted(_owned(model), key=lambda x: not _is_embedding(x[2])):
+    for name, parameter, module in sorted(_owned(model), key=lambda x: not isinstance(x[2], EMBEDDINGS)):
         if id(parameter) not in seen and parameter.requires_grad:
             members[_kind(name, parameter, module, output)].append((name, parameter))
         seen.add(id(parameter))
@@ -77,14 +69,10 @@ def _owned(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
 
 
 def _kind(name: str, parameter: nn.Parameter, module: nn.Module, output: nn.Module | None) -> str:
-    if _is_embedding(module):
+    if isinstance(module, EMBEDDINGS):
         return "embedding"
     if isinstance(module, NORMS) or type(module).__name__.endswith("Norm"):
         return "bias" if name.split(".")[-1] == "bias" else "norm"
     if parameter.dim() < 2:
         return "bias"
     return "head" if module is output else "matrix"
-
-
-def _is_embedding(module: nn.Module) -> bool:
-    return isinstance(module, EMBEDDINGS)

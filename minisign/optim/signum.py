@@ -10,71 +10,48 @@ it stands inside the sign.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
-import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from minisign.kernels.rule import MOMENTUM, Rule
-from minisign.optim.base import (
-    Group,
-    Params,
-    RowOptimizer,
-    SharedOptions,
-    check_number,
-    descend,
-    descend_foreach,
-    learning_rate,
-    with_shared,
-)
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from minisign.engine.optimizer import Optimizer, Params
+from minisign.engine.options import BETA, FROM_0, Bounds, Options
 
 
-def signum_update(
+def signum(
     p: Tensor,  # θ, any shape
     g: Tensor,  # as p
     m: Tensor,  # as p
     *,
-    lr: float | Tensor,  # η
+    lr: float,  # η
     beta: float,
     weight_decay: float,  # λ
 ) -> None:
-    """One step of Signum on one tensor, in place."""
+    """One step of Signum, in place."""
     m.lerp_(g, 1 - beta)
-    descend(p, m.sign(), lr, weight_decay)
+    update = m.sign()  # before θ moves: m is still in the cache
+    if weight_decay != 0:
+        p.mul_(1 - lr * weight_decay)
+    p.add_(update, alpha=-lr)
 
 
-def signum_update_foreach(
-    ps: list[Tensor],
-    gs: list[Tensor],
-    ms: list[Tensor],
-    *,
-    lr: float | Tensor,
-    beta: float,
-    weight_decay: float,
-) -> None:
-    """:func:`signum_update` for a list of tensors."""
-    torch._foreach_lerp_(ms, gs, 1 - beta)
-    descend_foreach(ps, list(torch._foreach_sign(ms)), lr, weight_decay)
-
-
-class Signum(RowOptimizer):
-    """Signum (and signSGD, with ``beta=0``): every entry moves by ``lr`` along −sign(momentum).
+class Signum(Optimizer):
+    """Signum, with decoupled weight decay.
 
     Args:
         params: parameters, named parameters or parameter groups.
         lr: step η of every entry, in the parameter's own units; a number or a 1-element tensor.
         beta: momentum β in [0, 1).
         weight_decay: decoupled decay λ ≥ 0; keeps |θ| ≤ 1/λ.
-        options: see :class:`~minisign.optim.base.RowOptimizer`.
+        options: see :class:`~minisign.engine.optimizer.Optimizer`.
 
     Raises:
         ValueError, TypeError: a bad value, named in the message.
     """
 
-    update = staticmethod(signum_update)
+    rule = staticmethod(signum)
+    bounds: ClassVar[Bounds] = {"lr": FROM_0, "beta": BETA, "weight_decay": FROM_0}
 
     def __init__(
         self,
@@ -82,32 +59,6 @@ class Signum(RowOptimizer):
         lr: float | Tensor = 1e-3,
         beta: float = 0.9,
         weight_decay: float = 0.0,
-        **options: Unpack[SharedOptions],
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(params, with_shared(options, lr=lr, beta=beta, weight_decay=weight_decay))
-
-    def _check(self, group: Group) -> None:
-        check_number("beta", group["beta"], 0.0, 1.0)
-
-    def _hyper(self, group: Group) -> Group:
-        return dict(lr=learning_rate(group), beta=group["beta"], weight_decay=group["weight_decay"])
-
-    def _rule(self, group: Group) -> Rule:
-        beta = group["beta"]
-        return Rule(
-            MOMENTUM,
-            learning_rate(group),
-            group["weight_decay"],
-            keep=beta,
-            weight=1 - beta,
-            maximize=group["maximize"],
-            rounded=group["stochastic_rounding"],
-        )
-
-    def _decay_rates(self, group: Group) -> tuple[float, ...]:
-        return (group["beta"],)
-
-    def _update_foreach(
-        self, ps: list[Tensor], gs: list[Tensor], buffers: list[list[Tensor]], hypers: list[Group]
-    ) -> None:
-        signum_update_foreach(ps, gs, *buffers, **hypers[0])
+        super().__init__(params, dict(lr=lr, beta=beta, weight_decay=weight_decay), options)

@@ -15,7 +15,7 @@ from minisign.probes.frequency import (
 from minisign.probes.gradients import GradientNorms, GradientWatch, disparity, gradient_norms
 from minisign.probes.heterogeneity import heterogeneity
 from minisign.probes.losses import loss_by_group, token_losses, unigram_loss
-from minisign.probes.memory import PeakMemory, state_bytes
+from minisign.probes.memory import PeakMemory, Traffic, state_bytes
 from minisign.probes.saturation import (
     NEAR,
     Saturation,
@@ -49,6 +49,7 @@ __all__ = [
     "GradientWatch",
     "PeakMemory",
     "Saturation",
+    "Traffic",
     "Update",
     "UpdateFigures",
     "UpdateWatch",

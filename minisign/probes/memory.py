@@ -1,4 +1,4 @@
-"""What an optimizer keeps, and what a training step needs at most."""
+"""What an optimizer keeps, what a training step needs at most, and what operations read and write."""
 
 from __future__ import annotations
 
@@ -72,3 +72,24 @@ class PeakMemory(TorchDispatchMode):
 
     def _gone(self, key: int) -> None:
         self.now -= self._alive.pop(key)
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes that torch's operations read and write while it is entered: ``with Traffic() as traffic: …``.
+
+    Each tensor that an operation is given counts once, and so does each that it returns. What is in a cache
+    already counts as well.
+
+    Attributes:
+        moved: bytes so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+        self.moved += sum(x.numel() * x.element_size() for x in tensors)
+        return out

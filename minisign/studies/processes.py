@@ -19,7 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
-from minisign.optim.base import check_counts
+from minisign.engine.checks import check_counts
 
 MEMORY = 0.8e9  # bytes; a process that trains the main job's model takes two thirds of it
 

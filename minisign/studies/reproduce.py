@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from minisign import theory
+from minisign.engine.checks import check_counts
 from minisign.lab.build import load_tokens
 from minisign.lab.config import Config
 from minisign.lab.files import prepare_out, write_json, write_whole
@@ -28,7 +29,6 @@ from minisign.lab.gpt import GPT
 from minisign.lab.jitter import JITTER, natural_number
 from minisign.lab.tokenizer import Tokens
 from minisign.lab.train import Run, train, validation_loss
-from minisign.optim.base import check_counts
 from minisign.probes import extremes, frequent_tokens, rare_tokens, row_rms, saturation
 from minisign.studies.processes import side_by_side
 from minisign.studies.variants import VARIANTS, base_config, variant_config

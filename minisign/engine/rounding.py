@@ -12,13 +12,27 @@ the kernels draw the same numbers as this file.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from minisign.optim.shards import first_row, is_sharded, local
+from minisign.engine.shards import first_row, is_sharded, local
 
 ALL_BITS = 0xFFFFFFFF
+
+
+class Noise(NamedTuple):
+    """What the roundings of one parameter at one step follow from."""
+
+    p: Tensor  # the parameter, whole
+    seed: int  # from :func:`noise_of`
+    step: int
+
+    def rounded(self, new: Tensor, rows: Tensor | None) -> Tensor:
+        """New values of the parameter's entries on this process, or of these rows of them."""
+        index = places(self.p) if rows is None else places(self.p)[rows]
+        return round_at_random(new.float(), index, self.seed, self.step)
 
 
 def mix(x: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from minisign.optim.shards import first_row, groups_of, is_sharded, local
+from minisign.engine.shards import first_row, groups_of, is_sharded, local
 
 
 @dataclass
@@ -31,7 +32,7 @@ class TrackedRows:
 
     def __init__(self, embeddings: list[nn.Embedding | nn.EmbeddingBag], process_group: Any) -> None:
         self._weights = {e: e.weight for e in embeddings}
-        self._hooks = [e.register_forward_hook(_record) for e in embeddings]
+        self._hooks = [e.register_forward_hook(_record, with_kwargs=True) for e in embeddings]
         for e in embeddings:
             record = _record_of(e.weight)
             if is_sharded(e.weight):
@@ -100,13 +101,13 @@ def recorded_rows(weight: Tensor) -> Tensor:
     return _tracked(weight).mask[start : start + len(local(weight))]
 
 
-def unite_rows(weight: Tensor) -> None:
+def unite_rows(weights: Iterable[Tensor]) -> None:
     """Counts what other processes have recorded as well."""
-    record = _tracked(weight)
-    for group in record.groups:
-        torch.distributed.all_reduce(
-            record.mask.view(torch.uint8), torch.distributed.ReduceOp.MAX, group=group
-        )
+    for record in map(_tracked, weights):
+        for group in record.groups:
+            torch.distributed.all_reduce(
+                record.mask.view(torch.uint8), torch.distributed.ReduceOp.MAX, group=group
+            )
 
 
 def _tracked(weight: Tensor) -> _Record:
@@ -127,10 +128,11 @@ def _record_of(weight: Tensor) -> _Record:
     return record
 
 
-def _record(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
+def _record(module: Any, args: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
     if not output.requires_grad:
         return
     mask = _record_of(_SHARDED.get(module, module.weight)).mask
-    mask[args[0].detach().reshape(-1)] = True
-    if module.padding_idx is not None:
-        mask[module.padding_idx] = False
+    padding = slice(0) if module.padding_idx is None else module.padding_idx
+    before = mask[padding].clone()
+    mask[(args[0] if args else named["input"]).detach().reshape(-1)] = True
+    mask[padding] = before

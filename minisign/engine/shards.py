@@ -6,6 +6,7 @@ asked for (is its gradient finite, how large are its weights) is added up over t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -80,3 +81,27 @@ def like_rows(p: Any, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return DTensor.from_local(
         piece, p.device_mesh, p.placements, run_check=False, shape=torch.Size(whole), stride=stride
     )
+
+
+def ask_all(optimizer: Any, group: dict[str, Any]) -> None:
+    """Of parameters in pieces: is the whole gradient finite, and how large is the whole tensor; in one
+    exchange for all of them."""
+    params = [p for p in group["params"] if is_sharded(p) and p.grad is not None]
+    sized = group["micro_step"] + 1 >= group["accumulate"] and "rms" in group.values()
+    guarded = group["shrink"] is not None
+    if not params or not (guarded or sized):
+        return
+    pieces = [(local(p), local(p.grad)) for p in params]
+    found = torch.zeros(2, len(params), dtype=torch.float64, device=params[0].device)
+    for i, (x, g) in enumerate(pieces):
+        if guarded:
+            found[0, i] = ~torch.isfinite(g).all()
+        if sized:
+            found[1, i] = torch.linalg.vector_norm(x, dtype=torch.float64).square()
+    add_up(params[0], found)
+    sizes = optimizer.cache("whole rms")
+    for p, (_, g), is_bad, square in zip(params, pieces, *found.tolist(), strict=True):
+        # Not finite elsewhere: then nor here, where it takes part in the step.
+        if is_bad:
+            g[g.ne(0).flatten(1).any(1) if group["lazy"] == "grad" else ...] = math.nan
+        sizes[p] = math.sqrt(square / max(p.numel(), 1)) or 1.0

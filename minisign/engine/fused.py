@@ -1,0 +1,285 @@
+"""The road of the kernels: a group's tensors together, in one pass over the memory.
+
+This file decides which tensors can go there and says in numbers what is to be done. What it leaves, the
+plain roads take. From one step to the next mostly nothing changes but where the gradients lie, so a
+:class:`Plan` is kept, and looked over instead of made anew: with many small tensors it is Python that takes
+the time.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import repeat
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from minisign import kernels
+from minisign.engine.contract import Owner
+from minisign.engine.halves import take
+from minisign.engine.lazy import sparse_rows
+from minisign.engine.rounding import noise_of
+from minisign.engine.rows import forget_rows, recorded_rows
+from minisign.engine.words import WORDS, Rule
+from minisign.engine.work import Group, Work, look, numbers_of
+from minisign.kernels import cpp, triton
+from minisign.kernels.nodes import DOUBLE, FLOAT
+from minisign.kernels.program import Program, program
+from minisign.kernels.table import TYPES, Call, Item, Launch, launches
+from minisign.kernels.trace import Untraceable
+
+_PROGRAMS: dict[Any, list[Program]] = {}
+
+
+class Part(NamedTuple):
+    """What tensors that go together have in common: a rule, its numbers, and the names of those that are
+    each tensor's own."""
+
+    rule: Rule
+    numbers: tuple[tuple[str, Any], ...]
+    own: tuple[str, ...]
+
+
+def check(optimizer: Owner, group: Group) -> None:
+    """Raises RuntimeError where there is no back end, or the kernels do not know what the rule does."""
+    for device in {p.device for p in group["params"]}:
+        kernels.backend(group["fused"], device)
+    part = Part(optimizer.rule, tuple(numbers_of(optimizer, group).items()), optimizer.own)
+    try:
+        program_of(part, optimizer.counts)
+    except Untraceable as error:
+        raise RuntimeError(f"fused={group['fused']!r}: {error}") from error
+
+
+def program_of(part: Part, counts: bool) -> Program:
+    """Made once for a rule, its words, and what it asked of its numbers."""
+    numbers = {name: x for name, x in part.numbers if name not in part.own}
+    scalars = dict.fromkeys(part.own, DOUBLE) | ({"step": DOUBLE} if counts else {})
+    scalars |= {name: FLOAT for name, x in numbers.items() if isinstance(x, Tensor)}
+    floats = {name: float(x) for name, x in numbers.items() if isinstance(x, (int, float))}
+    words = {name: x for name, x in numbers.items() if name not in floats and name not in scalars}
+    key = (part.rule, *floats, *words.items(), *scalars.items())
+    for made in _PROGRAMS.setdefault(key, []):
+        if made.is_for(floats):
+            return made
+    made = program(part.rule, floats | words, scalars)
+    _PROGRAMS[key].append(made)
+    return made
+
+
+def text(optimizer: Owner, device: str) -> str:
+    """The kernel of an optimizer that has one parameter.
+
+    Raises:
+        ValueError: no such kernels. Untraceable: the kernels do not know what the rule does.
+    """
+    (group,), ((p,),) = optimizer.param_groups, (group["params"] for group in optimizer.param_groups)
+    (work,) = look(optimizer, group, [(p, p.clone())])
+    found = _item(optimizer, group, numbers_of(optimizer, group), work)
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"kernels are for 'cpu' and 'cuda', got {device!r}")
+    if found is None:
+        raise ValueError(
+            f"{type(optimizer).__name__} takes the plain road here: float64, and lazy rows that wait for "
+            "the RMS of the whole matrix or whose absent rows decay, are not the kernels' matter"
+        )
+    part, item = found
+    form = item.form(group["shrink"] is not None, group["stochastic_rounding"])
+    return (cpp if device == "cpu" else triton).write(program_of(part, optimizer.counts), form)
+
+
+def kept(optimizer: Owner, group: Group) -> Plan | None:
+    """The plan of the last step, if all is as it was."""
+    plan: Plan | None = optimizer.cache(id(group)).get("plan")
+    return plan if plan is not None and plan.fits(optimizer, group) else None
+
+
+def step(optimizer: Owner, group: Group, found: Plan | list[Work]) -> list[Work]:
+    """One step on what the kernels can take; the others are returned."""
+    cache, numbers = optimizer.cache(id(group)), numbers_of(optimizer, group)
+    plan = found if isinstance(found, Plan) else _plan(optimizer, group, numbers, found)
+    cache["plan"] = plan if plan.signature else None
+    found_inf = getattr(optimizer, "found_inf", None)
+    for number, (part, launch, _) in enumerate(plan.jobs):
+        if isinstance(found, Plan):  # the same tensors, at a rate that may be another
+            part = part._replace(numbers=tuple((name, numbers.get(name, x)) for name, x in part.numbers))
+        _run(optimizer, group, part, launch, cache.setdefault(number, {}))
+    if not isinstance(found, Plan):
+        for work in found:
+            if work.taken is not None:
+                work.state["taken"] = work.taken
+    if group["lazy"] == "ids":
+        left = {id(work.parameter) for work in plan.left}
+        for p in group["params"]:
+            if p.grad is not None and id(p) not in left:
+                forget_rows(p, unless=found_inf)
+    return [] if found_inf is not None and plan.left and found_inf.item() else plan.left
+
+
+def _run(optimizer: Owner, group: Group, part: Part, launch: Launch, cache: dict[Any, Any]) -> None:
+    made, numbers = program_of(part, optimizer.counts), dict(part.numbers)
+    lr = numbers.get("lr")
+    call = Call(
+        made.evaluate(**{name: numbers[name] for name in made.names}),
+        lr if isinstance(lr, Tensor) else None,
+        sign=-1.0 if group["maximize"] else 1.0,
+        shrink=1.0 if group["shrink"] is None else group["shrink"],
+        center=group["center"],
+        grad_scale=getattr(optimizer, "grad_scale", None),
+        found_inf=getattr(optimizer, "found_inf", None),
+    )
+    which = group["fused"], launch.device
+    if which not in cache:
+        cache[which] = kernels.backend(*which)
+    cache[which].step(made, launch, call, cache)
+    launch.gradients.clear()
+
+
+@dataclass
+class Plan:
+    """The launches of a group, and what they were made from.
+
+    Attributes:
+        jobs: what tensors have in common, their launch, and their places in the group.
+        own: the states of the group's parameters, in its order.
+        signature: all that the launches follow from but the gradients; none: not for another step.
+    """
+
+    jobs: list[tuple[Part, Launch, list[int]]]
+    left: list[Work]
+    own: list[Group]
+    signature: list[Any]
+
+    def fits(self, optimizer: Owner, group: Group) -> bool:
+        """Whether nothing but gradients has moved; where they are now is in the launches then."""
+        if not self.signature or self.signature != _signature(optimizer, group, self.own):
+            return False
+        params = group["params"]
+        gs = list(map(_GRADIENT, params))
+        if type(None) in set(map(type, gs)) or set(map(_LAYOUT, gs)) != {torch.strided}:
+            return False
+        if list(map(_SHAPE, gs)) != list(map(_SHAPE, params)) or not all(map(_CONTIGUOUS, gs)):
+            return False
+        if any(map(Tensor.is_neg, gs)):
+            return False
+        for _, launch, members in self.jobs:
+            mine = gs if len(members) == len(gs) else [gs[i] for i in members]
+            if {TYPES.get(dtype) for dtype in set(map(_DTYPE, mine))} != {launch.form.types[1]}:
+                return False
+            launch.set_gradients(list(map(_PLACE, mine)))
+        return True
+
+
+# In C: of many small tensors, asking takes longer than moving.
+_GRADIENT, _SHAPE, _LAYOUT, _DTYPE = map(attrgetter, ("grad", "shape", "layout", "dtype"))
+_PLACE, _CONTIGUOUS = Tensor.data_ptr, Tensor.is_contiguous
+
+
+def _signature(optimizer: Owner, group: Group, own: list[Group]) -> list[Any]:
+    options = ("lazy", "lazy_momentum", "fused", "seed", "stochastic_rounding", "accumulate")
+    words = (group[name] for name in optimizer.bounds if isinstance(group[name], (str, Tensor)))
+    params, states, names = group["params"], optimizer.state.values(), optimizer.buffers
+    tensors = [x for name in (*names, "step") for x in map(dict.get, own, repeat(name)) if x is not None]
+    if not all(issubclass(kind, Tensor) for kind in set(map(type, tensors))):
+        return []  # a counter may be a plain number, until it is looked at
+    masks = [recorded_rows(p) for p in params] if group["lazy"] == "ids" else []
+    places = params + tensors + masks  # of which a user may replace some in place
+    return [
+        *(group[name] for name in (*options, *optimizer.own)), group["shrink"] is None,
+        getattr(optimizer, "found_inf", None) is None, *(x if isinstance(x, str) else id(x) for x in words),
+        *map(id, params), *map(id, states), *map(id, tensors),
+        *map(_PLACE, places), *map(_SHAPE, places), *map(_DTYPE, places), *map(_CONTIGUOUS, places),
+    ]  # fmt: skip
+
+
+def _plan(optimizer: Owner, group: Group, numbers: Group, works: list[Work]) -> Plan:
+    params: list[Tensor] = list(group["params"])
+    places = {id(p): i for i, p in enumerate(params)}
+    left: list[Work] = []
+    parts: dict[Part, list[tuple[Item, int]]] = {}
+    taken: list[tuple[int, int]] = []
+    for p in params:
+        if p.is_cuda and p.grad is None and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"a CUDA graph must see all gradients, and the parameter of shape {tuple(p.shape)} has none"
+            )
+    # Of micro-batches, what is left of a momentum is a tensor's own; and what autograd, or a user, gives
+    # in another form than a parameter's lies elsewhere at each step.
+    reusable = len(works) == len(params) and group["accumulate"] == 1 and not group["release_grads"]
+    for work in works:
+        found = _item(optimizer, group, numbers, work)
+        if found is None or _overlaps(found[1], taken):
+            left.append(work)
+        else:
+            parts.setdefault(found[0], []).append((found[1], places[id(work.parameter)]))
+            reusable &= (
+                work.p is work.parameter and work.p.is_contiguous() and work.g.layout == torch.strided
+            )
+    guard = bool(works) and works[0].guard is not None and getattr(optimizer, "found_inf", None) is None
+    jobs = [
+        (part, launch, members)
+        for part, pairs in parts.items()
+        for launch, members in launches(pairs, guard, group["stochastic_rounding"])
+    ]
+    own = [optimizer.state[p] for p in params] if reusable and not left else []
+    return Plan(jobs, left, own, _signature(optimizer, group, own) if own else [])
+
+
+def _item(optimizer: Owner, group: Group, numbers: Group, work: Work) -> tuple[Part, Item] | None:
+    """What a kernel needs for a parameter: what it has in common with others, and its line of a table; None
+    where the kernels cannot take it."""
+    p, g, parameter = work.p, work.g, work.parameter
+    lazy = g.layout != torch.strided or bool(group["lazy"])
+    words = {*optimizer.asks, *(x for x in numbers.values() if x in WORDS)}
+    if lazy and (group["lazy_momentum"] != "freeze" or group["accumulate"] > 1 or "rms" in words):
+        # Every row's momentum decays; rows of a cycle are remembered; rows would wait for the matrix.
+        return None
+    by_rows, rows = lazy or ("row_rms" in words and work.rule is not take), None
+    if g.layout != torch.strided:
+        rows, g = sparse_rows(p, g)
+    elif group["lazy"] == "ids":
+        rows = recorded_rows(parameter)
+    rounded = group["stochastic_rounding"] and p.dtype == torch.bfloat16
+    if not _takes(p, g, work.buffers, by_rows) or (p is not parameter and rounded):
+        return None  # a kernel's noise follows from the place in what it is given
+    # What is the tensor's own goes into its line; the program has a word where that is a number.
+    own = tuple(name for name in optimizer.own if name in work.numbers)
+    shared = {name: numbers.get(name, x) for name, x in work.numbers.items() if name not in (*own, "step")}
+    known = [work.numbers[x] for x in shared if shared[x] in WORDS and work.numbers[x] not in WORDS]
+    return Part(work.rule, tuple(shared.items()), own), Item(
+        p, g, work.buffers, work.state.get("step"),
+        noise_of(group["seed"], optimizer.number(parameter)) if rounded else 0, by_rows, rows,
+        sought=group["lazy"] == "grad",
+        known=known[0] if known else math.nan, own=tuple(float(work.numbers[name]) for name in own),
+    )  # fmt: skip
+
+
+def _overlaps(item: Item, taken: list[tuple[int, int]]) -> bool:
+    """Whether what the item writes is also another's, of those before; notes what it writes."""
+    own = [(x.data_ptr(), x.data_ptr() + x.numel() * x.element_size()) for x in (item.p, *item.buffers)]
+    for start, end in own:
+        i = bisect(taken, (start, end))
+        if (i and taken[i - 1][1] > start) or (i < len(taken) and taken[i][0] < end):
+            return True
+        taken.insert(i, (start, end))
+    return False
+
+
+def _takes(p: Tensor, g: Tensor, buffers: Sequence[Tensor], by_rows: bool) -> bool:
+    """Whether the kernels can step on these: dense, of one memory order, float32, bfloat16 or float16."""
+    if p.dtype not in TYPES or g.dtype not in TYPES or g.device != p.device or g.is_neg():
+        return False
+    if len({b.dtype for b in buffers}) > 1 or any(
+        b.dtype not in TYPES or b.device != p.device for b in buffers
+    ):
+        return False
+    if p.is_contiguous():
+        return g.is_contiguous() and all(b.is_contiguous() for b in buffers)
+    if by_rows or not torch.ops.aten.is_non_overlapping_and_dense(p):
+        return False
+    return all(x.stride() == p.stride() and x.shape == p.shape for x in (g, *buffers))

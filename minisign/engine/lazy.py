@@ -1,0 +1,86 @@
+"""A lazy step: rows that take part move as the rule says, the others keep their bits.
+
+Which take part: those of a sparse gradient, those whose gradient is not all zero, or those that were looked
+up (rows.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minisign.engine import halves, roads, tried
+from minisign.engine.rows import forget_rows, take_rows
+from minisign.engine.shards import like_rows, local
+from minisign.engine.words import rms
+from minisign.engine.work import Work
+
+
+def step_rows(work: Work, group: Mapping[str, Any]) -> None:
+    """Moves the rows that take part."""
+    index, g = moving_rows(work.parameter, work.g, group)
+    numbers = {name: rms(work.p) if x == "rms" else x for name, x in work.numbers.items()}  # of the whole
+    left, decays = [1.0] * len(work.buffers), group["lazy_momentum"] == "decay"
+    if group["accumulate"] > 1:
+        keep, last = numbers["keep"], halves.is_last(group)
+        index, g, numbers["keep"] = rows_of_cycle(work.parameter, work.state, index, g, keep, last)
+        left = [keep] if decays and last else left
+    elif decays:
+        left = tried.left(work.rule, len(work.buffers), numbers)
+    roads.rows(work._replace(g=g, numbers=numbers), index, left)
+
+
+def moving_rows(p: Tensor, g: Tensor, group: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Indices [U], sorted, of the rows that a lazy or sparse step moves, and their gradient [U, …]."""
+    if g.layout != torch.strided:
+        if group["lazy"] == "ids":
+            forget_rows(p)
+        rows, values = sparse_rows(p, g)
+        if group["lazy"] == "grad":
+            keep = nonzero_rows(values)
+            rows, values = rows[keep], values[keep]
+        return rows, values
+    rows = take_rows(p) if group["lazy"] == "ids" else nonzero_rows(g)
+    return rows, g[rows]
+
+
+def sparse_rows(p: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [U] of a sparse gradient, each once, and their values [U, …]."""
+    if g.layout != torch.sparse_coo or g.sparse_dim() != 1:
+        raise RuntimeError(
+            "minisign takes dense gradients and those of nn.Embedding(sparse=True), "
+            f"got layout {g.layout} for a parameter of shape {tuple(p.shape)}"
+        )
+    # Duplicates must be added up before the sign: sign(a) + sign(b) is not sign(a + b).
+    g = g.coalesce()
+    return g.indices()[0], g.values()
+
+
+def nonzero_rows(g: Tensor) -> Tensor:
+    """Indices of the rows of ``g`` [V, ...] with an entry that is not zero (NaN is not zero)."""
+    return g.ne(0).flatten(1).any(1).nonzero().squeeze(1)
+
+
+def rows_of_cycle(
+    p: Tensor, state: dict[str, Any], rows: Tensor, g: Tensor, keep: float, is_last: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, their gradient, and what their momentum keeps at one of several micro-batches.
+
+    A row's momentum decays when a cycle first touches it, and all rows of the cycle move at its end.
+    """
+    if "taken_rows" not in state:
+        state["taken_rows"] = like_rows(p, (len(p),), torch.bool)
+    taken = local(state["taken_rows"])
+    before = taken.clone()
+    taken[rows] = True
+    if is_last:  # `rows` and `cycle` are sorted
+        cycle = taken.nonzero().squeeze(1)
+        sums = g.new_zeros((len(cycle), *p.shape[1:]))
+        sums[torch.searchsorted(cycle, rows)] = g
+        rows, g = cycle, sums
+        taken.zero_()
+    kept = torch.full((len(rows),), keep, dtype=g.dtype, device=g.device).masked_fill(before[rows], 1.0)
+    return rows, g, kept.view(-1, *[1] * (p.dim() - 1))
