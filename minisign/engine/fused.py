@@ -163,7 +163,7 @@ class Plan:
         gs = list(map(_GRADIENT, params))
         if type(None) in set(map(type, gs)) or set(map(_LAYOUT, gs)) != {torch.strided}:
             return False
-        if list(map(_SHAPE, gs)) != list(map(_SHAPE, params)) or not all(map(_CONTIGUOUS, gs)):
+        if list(map(_SHAPE, gs)) != self.signature[-len(gs) :] or not all(map(_CONTIGUOUS, gs)):
             return False
         if any(map(Tensor.is_neg, gs)):
             return False
@@ -177,7 +177,7 @@ class Plan:
 
 # In C: of many small tensors, asking takes longer than moving.
 _GRADIENT, _SHAPE, _LAYOUT, _DTYPE = map(attrgetter, ("grad", "shape", "layout", "dtype"))
-_PLACE, _CONTIGUOUS = Tensor.data_ptr, Tensor.is_contiguous
+_PLACE, _SIZE, _CONTIGUOUS = Tensor.data_ptr, Tensor.numel, Tensor.is_contiguous
 
 
 def _signature(optimizer: Owner, group: Group, own: list[Group]) -> list[Any]:
@@ -193,7 +193,8 @@ def _signature(optimizer: Owner, group: Group, own: list[Group]) -> list[Any]:
         *(group[name] for name in (*options, *optimizer.own)), group["shrink"] is None,
         getattr(optimizer, "found_inf", None) is None, *(x if isinstance(x, str) else id(x) for x in words),
         *map(id, params), *map(id, states), *map(id, tensors),
-        *map(_PLACE, places), *map(_SHAPE, places), *map(_DTYPE, places), *map(_CONTIGUOUS, places),
+        *map(_PLACE, places), *map(_DTYPE, places), *map(_SIZE, places), *map(_CONTIGUOUS, places),
+        *map(_SHAPE, params),
     ]  # fmt: skip
 
 
