@@ -25,7 +25,7 @@ import subprocess
 import sys
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -483,13 +483,21 @@ def test_a_step_without_rows_counts(fused: str) -> None:
     torch.testing.assert_close(train(fused=fused), train(), rtol=1e-6, atol=1e-6)
 
 
-def test_a_gradient_with_the_negative_bit() -> None:
-    p = nn.Parameter(torch.zeros(4))
-    optimizer = Signum([p], lr=0.1, fused=True)
-    for _ in range(2):
-        p.grad = torch._neg_view(torch.ones(4))
-        optimizer.step()
-    assert (p > 0).all()
+@pytest.mark.parametrize(
+    "other",
+    [torch._neg_view, lambda g: g.t().contiguous().t(), lambda g: g.to_sparse(1), nn.Parameter],
+    ids=["negative bit", "strides", "sparse", "type"],
+)
+def test_a_plan_sees_gradients_of_another_kind(other: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def train(**own: Any) -> torch.Tensor:
+        p = nn.Parameter(torch.zeros(3, 2))
+        optimizer, g = AdamW([p], lr=0.1, **own), torch.arange(1.0, 7.0).view(3, 2)
+        for kind in (torch.clone, other, torch.clone, other):
+            p.grad = kind(g)
+            optimizer.step()
+        return p.detach()
+
+    torch.testing.assert_close(train(fused=True), train(), rtol=1e-6, atol=1e-7)
 
 
 def test_another_back_end_in_mid_course() -> None:

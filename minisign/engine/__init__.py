@@ -11,7 +11,7 @@ The others are asked only where a run needs them:
 
     lazy.py, rows.py    only rows that take part        halves.py       several micro-batches a step
     rounding.py         bfloat16 at random              released.py     gradients freed within backward
-    shards.py           parameters in pieces            fused.py        kernels (minisign/kernels)
+    shards.py           parameters in pieces            fused.py, plan.py   minisign/kernels
 
 options.py and checks.py say what is refused, words.py what a rule may ask of a whole tensor.
 """

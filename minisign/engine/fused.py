@@ -1,9 +1,7 @@
 """The road of the kernels: a group's tensors together, in one pass over the memory.
 
 This file decides which tensors can go there and says in numbers what is to be done. What it leaves, the
-plain roads take. From one step to the next mostly nothing changes but where the gradients lie, so a
-:class:`Plan` is kept, and looked over instead of made anew: with many small tensors it is Python that takes
-the time.
+plain roads take.
 """
 
 from __future__ import annotations
@@ -11,10 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import repeat
-from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +18,10 @@ from minisign import kernels
 from minisign.engine.contract import Owner
 from minisign.engine.halves import take
 from minisign.engine.lazy import sparse_rows
+from minisign.engine.plan import Kept, Part, Plan
 from minisign.engine.rounding import noise_of
 from minisign.engine.rows import forget_rows, recorded_rows
-from minisign.engine.words import WORDS, Rule
+from minisign.engine.words import WORDS
 from minisign.engine.work import Group, Work, look, numbers_of
 from minisign.kernels import cpp, triton
 from minisign.kernels.nodes import DOUBLE, FLOAT
@@ -34,15 +30,6 @@ from minisign.kernels.table import TYPES, Call, Item, Launch, launches
 from minisign.kernels.trace import Untraceable
 
 _PROGRAMS: dict[Any, list[Program]] = {}
-
-
-class Part(NamedTuple):
-    """What tensors that go together have in common: a rule, its numbers, and the names of those that are
-    each tensor's own."""
-
-    rule: Rule
-    numbers: tuple[tuple[str, Any], ...]
-    own: tuple[str, ...]
 
 
 def check(optimizer: Owner, group: Group) -> None:
@@ -95,19 +82,19 @@ def text(optimizer: Owner, device: str) -> str:
 
 def kept(optimizer: Owner, group: Group) -> Plan | None:
     """The plan of the last step, if all is as it was."""
-    plan: Plan | None = optimizer.cache(id(group)).get("plan")
-    return plan if plan is not None and plan.fits(optimizer, group) else None
+    last: Kept | None = optimizer.cache(id(group)).get("kept")
+    return None if last is None else last.again(optimizer, group)
 
 
 def step(optimizer: Owner, group: Group, found: Plan | list[Work]) -> list[Work]:
     """One step on what the kernels can take; the others are returned."""
-    cache, numbers = optimizer.cache(id(group)), numbers_of(optimizer, group)
-    plan = found if isinstance(found, Plan) else _plan(optimizer, group, numbers, found)
-    cache["plan"] = plan if plan.signature else None
-    found_inf = getattr(optimizer, "found_inf", None)
+    cache, found_inf = optimizer.cache(id(group)), getattr(optimizer, "found_inf", None)
+    if isinstance(found, Plan):
+        plan = found
+    else:
+        plan = _plan(optimizer, group, found)
+        cache["kept"] = Kept(plan, optimizer, group) if plan.states else None
     for number, (part, launch, _) in enumerate(plan.jobs):
-        if isinstance(found, Plan):  # the same tensors, at a rate that may be another
-            part = part._replace(numbers=tuple((name, numbers.get(name, x)) for name, x in part.numbers))
         _run(optimizer, group, part, launch, cache.setdefault(number, {}))
     if not isinstance(found, Plan):
         for work in found:
@@ -140,65 +127,8 @@ def _run(optimizer: Owner, group: Group, part: Part, launch: Launch, cache: dict
     launch.gradients.clear()
 
 
-@dataclass
-class Plan:
-    """The launches of a group, and what they were made from.
-
-    Attributes:
-        jobs: what tensors have in common, their launch, and their places in the group.
-        own: the states of the group's parameters, in its order.
-        signature: all that the launches follow from but the gradients; none: not for another step.
-    """
-
-    jobs: list[tuple[Part, Launch, list[int]]]
-    left: list[Work]
-    own: list[Group]
-    signature: list[Any]
-
-    def fits(self, optimizer: Owner, group: Group) -> bool:
-        """Whether nothing but gradients has moved; where they are now is in the launches then."""
-        if not self.signature or self.signature != _signature(optimizer, group, self.own):
-            return False
-        params = group["params"]
-        gs = list(map(_GRADIENT, params))
-        if type(None) in set(map(type, gs)) or set(map(_LAYOUT, gs)) != {torch.strided}:
-            return False
-        if list(map(_SHAPE, gs)) != self.signature[-len(gs) :] or not all(map(_CONTIGUOUS, gs)):
-            return False
-        if any(map(Tensor.is_neg, gs)):
-            return False
-        for _, launch, members in self.jobs:
-            mine = gs if len(members) == len(gs) else [gs[i] for i in members]
-            if {TYPES.get(dtype) for dtype in set(map(_DTYPE, mine))} != {launch.form.types[1]}:
-                return False
-            launch.set_gradients(list(map(_PLACE, mine)))
-        return True
-
-
-# In C: of many small tensors, asking takes longer than moving.
-_GRADIENT, _SHAPE, _LAYOUT, _DTYPE = map(attrgetter, ("grad", "shape", "layout", "dtype"))
-_PLACE, _SIZE, _CONTIGUOUS = Tensor.data_ptr, Tensor.numel, Tensor.is_contiguous
-
-
-def _signature(optimizer: Owner, group: Group, own: list[Group]) -> list[Any]:
-    options = ("lazy", "lazy_momentum", "fused", "seed", "stochastic_rounding", "accumulate")
-    words = (group[name] for name in optimizer.bounds if isinstance(group[name], (str, Tensor)))
-    params, states, names = group["params"], optimizer.state.values(), optimizer.buffers
-    tensors = [x for name in (*names, "step") for x in map(dict.get, own, repeat(name)) if x is not None]
-    if not all(issubclass(kind, Tensor) for kind in set(map(type, tensors))):
-        return []  # a counter may be a plain number, until it is looked at
-    masks = [recorded_rows(p) for p in params] if group["lazy"] == "ids" else []
-    places = params + tensors + masks  # of which a user may replace some in place
-    return [
-        *(group[name] for name in (*options, *optimizer.own)), group["shrink"] is None,
-        getattr(optimizer, "found_inf", None) is None, *(x if isinstance(x, str) else id(x) for x in words),
-        *map(id, params), *map(id, states), *map(id, tensors),
-        *map(_PLACE, places), *map(_DTYPE, places), *map(_SIZE, places), *map(_CONTIGUOUS, places),
-        *map(_SHAPE, params),
-    ]  # fmt: skip
-
-
-def _plan(optimizer: Owner, group: Group, numbers: Group, works: list[Work]) -> Plan:
+def _plan(optimizer: Owner, group: Group, works: list[Work]) -> Plan:
+    numbers = numbers_of(optimizer, group)
     params: list[Tensor] = list(group["params"])
     places = {id(p): i for i, p in enumerate(params)}
     left: list[Work] = []
@@ -218,17 +148,14 @@ def _plan(optimizer: Owner, group: Group, numbers: Group, works: list[Work]) -> 
             left.append(work)
         else:
             parts.setdefault(found[0], []).append((found[1], places[id(work.parameter)]))
-            reusable &= (
-                work.p is work.parameter and work.p.is_contiguous() and work.g.layout == torch.strided
-            )
+            reusable &= work.p is work.parameter and work.g.layout == torch.strided
     guard = bool(works) and works[0].guard is not None and getattr(optimizer, "found_inf", None) is None
     jobs = [
         (part, launch, members)
         for part, pairs in parts.items()
         for launch, members in launches(pairs, guard, group["stochastic_rounding"])
     ]
-    own = [optimizer.state[p] for p in params] if reusable and not left else []
-    return Plan(jobs, left, own, _signature(optimizer, group, own) if own else [])
+    return Plan(jobs, left, [optimizer.state[p] for p in params] if reusable and not left else [])
 
 
 def _item(optimizer: Owner, group: Group, numbers: Group, work: Work) -> tuple[Part, Item] | None:

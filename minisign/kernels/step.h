@@ -181,7 +181,8 @@ struct Step {
   template <class Body>  // body(number, first, how many) for each part of `size`
   void in_parts(int64_t size, int64_t part, Body body) const {
     const int64_t parts = (size + part - 1) / part;
-#pragma omp parallel for num_threads(s.threads) if (s.threads > 1 && parts > 1)
+    if (parts == 1) return body(0, 0, size);  // to ask for threads takes longer than a small tensor
+#pragma omp parallel for num_threads(s.threads) if (s.threads > 1)
     for (int64_t i = 0; i < parts; i++) body(i, i * part, std::min(part, size - i * part));
   }
 
