@@ -761,7 +761,7 @@ rules = dict(
 out = []
 for name, kinds, which, aligned, look in json.loads(sys.argv[1]):
     cls, numbers, form = rules[name]
-    program = program_of(Part(cls.rule, tuple(numbers.items()), cls.own), cls.counts)
+    program = program_of(Part(cls.rule, tuple(numbers.items()), cls.per_tensor), cls.has_step)
     form = Form(tuple(types[k] for k in kinds), which, **form)
     made = gpu.constants(program, form, 20, aligned)
     options = {x: made.pop(x) for x in ("num_warps", "enable_fp_fusion")}

@@ -106,12 +106,13 @@ def test_two_backwards_before_a_step() -> None:
 
 @pytest.mark.parametrize("state_dtype", [None, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("fused", [False, True])
-def test_narrow_parameters(fused: bool, state_dtype: Any) -> None:
+@pytest.mark.parametrize("k", [1, K])
+def test_narrow_parameters(k: int, fused: bool, state_dtype: Any) -> None:
     """m is rounded after each micro-batch, with or without: equal, rounding at random too."""
     options = dict(dtype=torch.bfloat16, state_dtype=state_dtype)
     for rounded, bad, scale in ((True, (), 1.0), (False, (1, 4), 1.0 if fused else "rms")):
         options |= dict(stochastic_rounding=rounded, bad=bad, scale=scale)
-        plain, released = train(3, False, k=1, **options), train(3, True, k=1, fused=fused, **options)
+        plain, released = train(3, False, k, **options), train(3, True, k, fused=fused, **options)
         assert difference(plain[0], released[0]) == 0
 
 

@@ -1,11 +1,17 @@
 """How a rule is carried out.
 
+A plain step: ``step`` has ``look`` make a :class:`Work` of each parameter that has a gradient, which says
+that rule(p, g, *buffers, **numbers) is due, and ``_move`` hands them to ``roads.apart``, which calls the
+rule. Everything else changes a part of a Work on the way: accumulation puts half a rule in the place of
+the rule, lazy rows put rows in the place of tensors, released gradients a rule that reads none. The kernels
+take many Works at once.
+
 Four files are a step, and to be read in this order:
 
-    contract.py     what torch.optim asks of an optimizer, and the engine of a rule
+    contract.py     what an optimizer says of its rule
+    work.py         the look: Work, and how it is made
     optimizer.py    groups and options; a step looks first, then moves
-    work.py         the look: what is to be done to each parameter
-    roads.py        the move: a tensor, or a list of them (lists.py)
+    roads.py        the move: a tensor by itself, or a list of them (lists.py, for GPUs)
 
 The others are asked only where a run needs them:
 

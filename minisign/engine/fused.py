@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from minisign import kernels
-from minisign.engine.contract import Owner
+from minisign.engine.contract import RuleOptimizer
 from minisign.engine.halves import take
 from minisign.engine.lazy import sparse_rows
 from minisign.engine.plan import Kept, Part, Plan
 from minisign.engine.rounding import noise_of
 from minisign.engine.rows import forget_rows, recorded_rows
-from minisign.engine.words import WORDS
-from minisign.engine.work import Group, Work, look, numbers_of
+from minisign.engine.words import WORDS, Group
+from minisign.engine.work import Work, look, numbers_of
 from minisign.kernels import cpp, triton
 from minisign.kernels.nodes import DOUBLE, FLOAT
 from minisign.kernels.program import Program, program
@@ -32,13 +32,13 @@ from minisign.kernels.trace import Untraceable
 _PROGRAMS: dict[Any, list[Program]] = {}
 
 
-def check(optimizer: Owner, group: Group) -> None:
+def check(optimizer: RuleOptimizer, group: Group) -> None:
     """Raises RuntimeError where there is no back end, or the kernels do not know what the rule does."""
     for device in {p.device for p in group["params"]}:
         kernels.backend(group["fused"], device)
-    part = Part(optimizer.rule, tuple(numbers_of(optimizer, group).items()), optimizer.own)
+    part = Part(optimizer.rule, tuple(numbers_of(optimizer, group).items()), optimizer.per_tensor)
     try:
-        program_of(part, optimizer.counts)
+        program_of(part, optimizer.has_step)
     except Untraceable as error:
         raise RuntimeError(f"fused={group['fused']!r}: {error}") from error
 
@@ -59,13 +59,14 @@ def program_of(part: Part, counts: bool) -> Program:
     return made
 
 
-def text(optimizer: Owner, device: str) -> str:
+def text(optimizer: RuleOptimizer, device: str) -> str:
     """The kernel of an optimizer that has one parameter.
 
     Raises:
         ValueError: no such kernels. Untraceable: the kernels do not know what the rule does.
     """
-    (group,), ((p,),) = optimizer.param_groups, (group["params"] for group in optimizer.param_groups)
+    (group,) = optimizer.param_groups
+    (p,) = group["params"]
     (work,) = look(optimizer, group, [(p, p.clone())])
     found = _item(optimizer, group, numbers_of(optimizer, group), work)
     if device not in ("cpu", "cuda"):
@@ -77,16 +78,16 @@ def text(optimizer: Owner, device: str) -> str:
         )
     part, item = found
     form = item.form(group["shrink"] is not None, group["stochastic_rounding"])
-    return (cpp if device == "cpu" else triton).write(program_of(part, optimizer.counts), form)
+    return (cpp if device == "cpu" else triton).write(program_of(part, optimizer.has_step), form)
 
 
-def kept(optimizer: Owner, group: Group) -> Plan | None:
+def kept(optimizer: RuleOptimizer, group: Group) -> Plan | None:
     """The plan of the last step, if all is as it was."""
     last: Kept | None = optimizer.cache(id(group)).get("kept")
     return None if last is None else last.again(optimizer, group)
 
 
-def step(optimizer: Owner, group: Group, found: Plan | list[Work]) -> list[Work]:
+def step(optimizer: RuleOptimizer, group: Group, found: Plan | list[Work]) -> list[Work]:
     """One step on what the kernels can take; the others are returned."""
     cache, found_inf = optimizer.cache(id(group)), getattr(optimizer, "found_inf", None)
     if isinstance(found, Plan):
@@ -96,10 +97,6 @@ def step(optimizer: Owner, group: Group, found: Plan | list[Work]) -> list[Work]
         cache["kept"] = Kept(plan, optimizer, group) if plan.states else None
     for number, (part, launch, _) in enumerate(plan.jobs):
         _run(optimizer, group, part, launch, cache.setdefault(number, {}))
-    if not isinstance(found, Plan):
-        for work in found:
-            if work.taken is not None:
-                work.state["taken"] = work.taken
     if group["lazy"] == "ids":
         left = {id(work.parameter) for work in plan.left}
         for p in group["params"]:
@@ -108,8 +105,8 @@ def step(optimizer: Owner, group: Group, found: Plan | list[Work]) -> list[Work]
     return [] if found_inf is not None and plan.left and found_inf.item() else plan.left
 
 
-def _run(optimizer: Owner, group: Group, part: Part, launch: Launch, cache: dict[Any, Any]) -> None:
-    made, numbers = program_of(part, optimizer.counts), dict(part.numbers)
+def _run(optimizer: RuleOptimizer, group: Group, part: Part, launch: Launch, cache: dict[Any, Any]) -> None:
+    made, numbers = program_of(part, optimizer.has_step), dict(part.numbers)
     lr = numbers.get("lr")
     call = Call(
         made.evaluate(**{name: numbers[name] for name in made.names}),
@@ -127,7 +124,7 @@ def _run(optimizer: Owner, group: Group, part: Part, launch: Launch, cache: dict
     launch.gradients.clear()
 
 
-def _plan(optimizer: Owner, group: Group, works: list[Work]) -> Plan:
+def _plan(optimizer: RuleOptimizer, group: Group, works: list[Work]) -> Plan:
     numbers = numbers_of(optimizer, group)
     params: list[Tensor] = list(group["params"])
     places = {id(p): i for i, p in enumerate(params)}
@@ -158,7 +155,7 @@ def _plan(optimizer: Owner, group: Group, works: list[Work]) -> Plan:
     return Plan(jobs, left, [optimizer.state[p] for p in params] if reusable and not left else [])
 
 
-def _item(optimizer: Owner, group: Group, numbers: Group, work: Work) -> tuple[Part, Item] | None:
+def _item(optimizer: RuleOptimizer, group: Group, numbers: Group, work: Work) -> tuple[Part, Item] | None:
     """What a kernel needs for a parameter: what it has in common with others, and its line of a table; None
     where the kernels cannot take it."""
     p, g, parameter = work.p, work.g, work.parameter
@@ -169,19 +166,19 @@ def _item(optimizer: Owner, group: Group, numbers: Group, work: Work) -> tuple[P
         return None
     by_rows, rows = lazy or ("row_rms" in words and work.rule is not take), None
     if g.layout != torch.strided:
-        rows, g = sparse_rows(p, g)
+        rows, g = sparse_rows(g)
     elif group["lazy"] == "ids":
         rows = recorded_rows(parameter)
     rounded = group["stochastic_rounding"] and p.dtype == torch.bfloat16
     if not _takes(p, g, work.buffers, by_rows) or (p is not parameter and rounded):
         return None  # a kernel's noise follows from the place in what it is given
     # What is the tensor's own goes into its line; the program has a word where that is a number.
-    own = tuple(name for name in optimizer.own if name in work.numbers)
+    own = tuple(name for name in optimizer.per_tensor if name in work.numbers)
     shared = {name: numbers.get(name, x) for name, x in work.numbers.items() if name not in (*own, "step")}
     known = [work.numbers[x] for x in shared if shared[x] in WORDS and work.numbers[x] not in WORDS]
     return Part(work.rule, tuple(shared.items()), own), Item(
         p, g, work.buffers, work.state.get("step"),
-        noise_of(group["seed"], optimizer.number(parameter)) if rounded else 0, by_rows, rows,
+        noise_of(group["seed"], optimizer.index_of(parameter)) if rounded else 0, by_rows, rows,
         sought=group["lazy"] == "grad",
         known=known[0] if known else math.nan, own=tuple(float(work.numbers[name]) for name in own),
     )  # fmt: skip

@@ -6,7 +6,8 @@
 Of such a rule the halves can be done apart. So accumulation over k micro-batches needs no buffer: at the
 first m keeps ``keep`` of itself, at the others all of it, each adds weight/k · g, and θ moves after the
 k-th. A gradient can be taken, and freed, within ``backward``; and where one is not finite, it can be left
-out: m stays, and θ shrinks, θ ← (θ − c) s + c (Jianlin Su, kexue.fm/archives/9512).
+out: m stays, and θ shrinks, θ ← (θ − c) s + c (Jianlin Su, kexue.fm/archives/9512). If that one is the
+first of k, m keeps all of itself for the whole cycle.
 
 What keep and weight are is found by trying (tried.py); the second half is the rule on a momentum that
 nothing changes in place. Each half is a rule again, and goes every road.

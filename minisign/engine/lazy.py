@@ -29,7 +29,7 @@ def step_rows(work: Work, group: Mapping[str, Any]) -> None:
         index, g, numbers["keep"] = rows_of_cycle(work.parameter, work.state, index, g, keep, last)
         left = [keep] if decays and last else left
     elif decays:
-        left = tried.left(work.rule, len(work.buffers), numbers)
+        left = tried.left_of_buffers(work.rule, len(work.buffers), numbers)
     roads.rows(work._replace(g=g, numbers=numbers), index, left)
 
 
@@ -38,7 +38,7 @@ def moving_rows(p: Tensor, g: Tensor, group: Mapping[str, Any]) -> tuple[Tensor,
     if g.layout != torch.strided:
         if group["lazy"] == "ids":
             forget_rows(p)
-        rows, values = sparse_rows(p, g)
+        rows, values = sparse_rows(g)
         if group["lazy"] == "grad":
             keep = nonzero_rows(values)
             rows, values = rows[keep], values[keep]
@@ -47,13 +47,8 @@ def moving_rows(p: Tensor, g: Tensor, group: Mapping[str, Any]) -> tuple[Tensor,
     return rows, g[rows]
 
 
-def sparse_rows(p: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+def sparse_rows(g: Tensor) -> tuple[Tensor, Tensor]:
     """Rows [U] of a sparse gradient, each once, and their values [U, …]."""
-    if g.layout != torch.sparse_coo or g.sparse_dim() != 1:
-        raise RuntimeError(
-            "minisign takes dense gradients and those of nn.Embedding(sparse=True), "
-            f"got layout {g.layout} for a parameter of shape {tuple(p.shape)}"
-        )
     # Duplicates must be added up before the sign: sign(a) + sign(b) is not sign(a + b).
     g = g.coalesce()
     return g.indices()[0], g.values()

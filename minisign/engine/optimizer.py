@@ -10,17 +10,18 @@ from typing import Any, TypeAlias
 import torch
 
 from minisign.engine import fused, released, roads, tried
-from minisign.engine.contract import Owner
+from minisign.engine.contract import RuleOptimizer
 from minisign.engine.lazy import step_rows
-from minisign.engine.options import HOW, Group, Options, check_group, defaults
+from minisign.engine.options import HOW, Options, check_group, defaults
 from minisign.engine.rows import unite_rows
+from minisign.engine.words import Group
 from minisign.engine.work import Work, look, numbers_of
 
 Params: TypeAlias = Iterable[Any]
 
 
-class Optimizer(Owner):
-    """A ``torch.optim.Optimizer`` of a rule; a subclass says what :class:`Owner` asks for.
+class Optimizer(RuleOptimizer):
+    """A ``torch.optim.Optimizer`` of a rule; a subclass says what :class:`RuleOptimizer` asks for.
 
     Options of every parameter group, beside the rule's numbers:
 
@@ -54,7 +55,7 @@ class Optimizer(Owner):
     """
 
     def __init_subclass__(cls) -> None:
-        cls.counts = "step" in inspect.signature(cls.rule).parameters
+        cls.has_step = "step" in inspect.signature(cls.rule).parameters
 
     def __init__(self, params: Params, numbers: Group, options: Options) -> None:
         super().__init__(params, defaults(numbers, options))
@@ -83,31 +84,34 @@ class Optimizer(Owner):
             for group in self.param_groups:
                 if group["lazy"] == "ids":
                     unite_rows([p for p in group["params"] if p.grad is not None])
-            # All are looked at before anything moves.
-            looked: list[Any] = [
-                (group["fused"] and fused.kept(self, group))
-                or (released.look(self, group) if group["release_grads"] else look(self, group))
-                for group in self.param_groups
-            ]
-            for group, works in zip(self.param_groups, looked, strict=True):
-                self._move(group, fused.step(self, group, works) if group["fused"] else works)
+            looked: list[Any] = []  # all, before anything moves
+            for group in self.param_groups:
+                found: Any = fused.kept(self, group) if group["fused"] else None
+                if found is None:  # no kernel goes on as at the last step
+                    found = (released.look if group["release_grads"] else look)(self, group)
+                looked.append(found)
+            for group, found in zip(self.param_groups, looked, strict=True):
+                self._move(group, fused.step(self, group, found) if group["fused"] else found)
+                if group["accumulate"] > 1 or group["release_grads"]:
+                    for work in found:
+                        if work.taken is not None:
+                            work.state["taken"] = work.taken
                 group["micro_step"] = (group["micro_step"] + 1) % group["accumulate"]
         return loss
 
     def _move(self, group: Group, works: Sequence[Work]) -> None:
-        """The plain roads."""
-        grad_scale = getattr(self, "grad_scale", None)
-        foreach = group["foreach"]
+        """Each tensor by itself, or those together that can be; of lazy and sparse ones some rows."""
+        grad_scale, foreach = getattr(self, "grad_scale", None), group["foreach"]
         if foreach is None:
             foreach = not group["differentiable"] and all(map(attrgetter("is_cuda"), group["params"]))
-        if not self.is_known or (group["capturable"] and group["shrink"] is not None):
-            foreach = False  # a list would wait for the device to say what is finite, a graph cannot
+        if not self.is_traceable:
+            foreach = False  # lists may not know what the rule does
+        if group["capturable"] and group["shrink"] is not None:
+            foreach = False  # a list waits for the device to say what is finite, which a CUDA graph cannot
         dense = []
         for work in works:
             if "step" in work.state:
                 work.state["step"] += 1
-            if work.taken is not None:
-                work.state["taken"] = work.taken
             if grad_scale is not None:
                 work = work._replace(g=work.g * (1 / grad_scale.to(work.g.device)))
             if group["maximize"]:
@@ -146,7 +150,7 @@ class Optimizer(Owner):
         released.hook(self, len(self.param_groups) - 1)
 
     def _why_not_linear(self, group: Group) -> str:
-        numbers = numbers_of(self, group) | ({"step": 1.0} if self.counts else {})
+        numbers = numbers_of(self, group) | ({"step": 1.0} if self.has_step else {})
         return tried.why_not_linear(self.rule, len(self.buffers), numbers)
 
     @property

@@ -7,13 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias, TypedDict
 
 import torch
-from torch import Tensor
 
 from minisign.engine.checks import check_bool, check_choice, check_number, check_rate, check_whole
 from minisign.engine.shards import check_rows, is_sharded
-from minisign.engine.words import WORDS
+from minisign.engine.words import WORDS, Group
 
-Group: TypeAlias = dict[str, Any]
 # Of a number, [low, below); None: any. bool: it is True or False.
 Bounds: TypeAlias = Mapping[str, tuple[float, float] | type[bool] | None]
 FROM_0, BETA = (0.0, math.inf), (0.0, 1.0)
@@ -99,8 +97,9 @@ def check_group(
     check_choice("fused", group["fused"], (False, True, "cpu", "triton"))
     check_choice("state_dtype", group["state_dtype"], STATE_TYPES)
     check_whole("seed", group["seed"])
-    check_bool("stochastic_rounding", group["stochastic_rounding"])
-    check_bool("release_grads", group["release_grads"])
+    check_choice("foreach", group["foreach"], (None, True, False))
+    for name in ("maximize", "capturable", "differentiable", "stochastic_rounding", "release_grads"):
+        check_bool(name, group[name])
     _check_halves(owner, group, why_not_linear)
     for one, other, why in EXCLUDE:
         if group[one] and group[other]:
@@ -120,7 +119,7 @@ def _check(name: str, value: Any, low: float = -math.inf, below: float = math.in
     if name == "lr":
         check_rate(value)
     elif name == "betas":
-        if not isinstance(value, (tuple, list)) or isinstance(value, Tensor):
+        if not isinstance(value, (tuple, list)) or len(value) != 2:
             raise TypeError(f"betas must be a pair of numbers, got {value!r}")
         for i, beta in enumerate(value):
             check_number(f"beta parameter at index {i}", beta, low, below)

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards  # what torch.compile knows its inputs by, all in one call
 
-from minisign.engine.contract import Owner
+from minisign.engine.contract import RuleOptimizer
 from minisign.engine.rows import recorded_rows
-from minisign.engine.words import Rule
-from minisign.engine.work import Group, Work, numbers_of
+from minisign.engine.words import Group, Rule
+from minisign.engine.work import Work, numbers_of
 from minisign.kernels.table import Launch
 
 _OPTIONS = ("lazy", "lazy_momentum", "fused", "seed", "stochastic_rounding", "accumulate")
@@ -49,13 +49,13 @@ class Plan(NamedTuple):
 class Kept:
     """A plan, and all that its launches follow from but the gradients: those come anew at each step."""
 
-    def __init__(self, plan: Plan, optimizer: Owner, group: Group) -> None:
+    def __init__(self, plan: Plan, optimizer: RuleOptimizer, group: Group) -> None:
         self.plan, self.said = plan, _said(optimizer, group)
         tensors, gs = self._tensors(optimizer, group), map(_GRADIENT, group["params"])
         self.places, self.held = list(map(_PLACE, tensors)), [*tensors, *optimizer.state.values()]
         self.alike = TensorGuards(*tensors, *gs, dynamic_dims_sizes=[], dynamic_dims_strides=[])
 
-    def again(self, optimizer: Owner, group: Group) -> Plan | None:
+    def again(self, optimizer: RuleOptimizer, group: Group) -> Plan | None:
         """The plan with the gradients and numbers of this step, if nothing else has moved."""
         if self.said != _said(optimizer, group):
             return None
@@ -72,7 +72,7 @@ class Kept:
             jobs.append((part._replace(numbers=shared), launch, members))
         return self.plan._replace(jobs=jobs)
 
-    def _tensors(self, optimizer: Owner, group: Group) -> list[Any]:
+    def _tensors(self, optimizer: RuleOptimizer, group: Group) -> list[Any]:
         """Parameters, buffers, counters, rows recorded."""
         params, names = group["params"], (*optimizer.buffers, "step")
         state = (x for name in names for x in map(dict.get, self.plan.states, repeat(name)))
@@ -80,10 +80,10 @@ class Kept:
         return [*params, *(x for x in state if x is not None), *masks]
 
 
-def _said(optimizer: Owner, group: Group) -> list[Any]:
+def _said(optimizer: RuleOptimizer, group: Group) -> list[Any]:
     """The options and words of a group; its numbers may be others at each step."""
     words = (group[name] for name in optimizer.bounds if isinstance(group[name], (str, Tensor)))
     return [
-        *(group[name] for name in (*_OPTIONS, *optimizer.own)), group["shrink"] is None,
+        *(group[name] for name in (*_OPTIONS, *optimizer.per_tensor)), group["shrink"] is None,
         getattr(optimizer, "found_inf", None) is None, *(x if isinstance(x, str) else id(x) for x in words),
     ]  # fmt: skip

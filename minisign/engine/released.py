@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from minisign.engine import roads, work
-from minisign.engine.contract import Owner
+from minisign.engine.contract import RuleOptimizer
 from minisign.engine.halves import is_last, move, shrink, take
 from minisign.engine.tried import keep_and_weight
-from minisign.engine.work import Group, Work, new_state, numbers_of
+from minisign.engine.words import Group
+from minisign.engine.work import Work, new_state, numbers_of
 
 
-def hook(optimizer: Owner, number: int) -> None:
+def hook(optimizer: RuleOptimizer, number: int) -> None:
     """Has autograd hand over the gradients of a group as soon as they are there."""
     group, hooked = optimizer.param_groups[number], optimizer.cache("hooked")
     # Not the optimizer itself: a model that outlives it must keep its gradients.
@@ -36,7 +37,7 @@ def hook(optimizer: Owner, number: int) -> None:
             hooked[p] = p.register_post_accumulate_grad_hook(take_in)
 
 
-def look(optimizer: Owner, group: Group) -> list[Work]:
+def look(optimizer: RuleOptimizer, group: Group) -> list[Work]:
     """The work that is left for a step: θ moves by m, or shrinks where a gradient was not finite."""
     for p in group["params"]:
         _take_in(optimizer, p, group)  # a gradient that did not come by way of backward
@@ -46,21 +47,21 @@ def look(optimizer: Owner, group: Group) -> list[Work]:
     last = is_last(group)
     # p in place of a gradient that is gone, and not read
     due = [(p, p.detach()) for p in flags if is_bad[p] or (last and optimizer.state[p].get("taken"))]
+    if group["stochastic_rounding"]:  # noise counts micro-batches that do not move θ as well
+        for p in {p for p, found in flags.items() if found} - {p for p, _ in due}:
+            work.counter(optimizer, p, optimizer.state[p], group).add_(1)
+    # A whole step, of which the first half is done.
     works = work.look(optimizer, {**group, "accumulate": 1}, due)
+    taken = 0 if last else None
     return [
-        x._replace(
-            rule=shrink if is_bad[x.parameter] else move(x.rule),
-            numbers=dict(zip(("shrink", "center"), x.guard, strict=True))
-            if is_bad[x.parameter] and x.guard
-            else x.numbers,
-            guard=None,
-            taken=0 if last else None,
-        )
+        x._replace(rule=shrink, numbers=x.guard._asdict(), guard=None, taken=taken)
+        if x.guard and is_bad[x.parameter]
+        else x._replace(rule=move(x.rule), guard=None, taken=taken)
         for x in works
     ]
 
 
-def _take_in(optimizer: Owner, p: Tensor, group: Group) -> None:
+def _take_in(optimizer: RuleOptimizer, p: Tensor, group: Group) -> None:
     """m takes the gradient of ``p``, which is freed."""
     g, p.grad = p.grad, None
     if g is None:
@@ -109,6 +110,6 @@ def take_and_free(m: Tensor, g: Tensor, keep: float, weight: float, check: bool)
 def _any_of_each(flags: list[list[bool | Tensor]]) -> list[bool]:
     """Whether there is one true in each list; waits for a device once."""
     tensors = [flag for found in flags for flag in found if isinstance(flag, Tensor)]
-    seen = iter(torch.stack(tensors).tolist() if tensors else [])
+    seen = iter(torch.stack([x.to(tensors[0].device) for x in tensors]).tolist() if tensors else [])
     known = [[next(seen) if isinstance(flag, Tensor) else flag for flag in found] for found in flags]
     return [any(found) for found in known]

@@ -12,7 +12,7 @@ of the kernels is in fused.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -31,16 +31,15 @@ def apart(works: Iterable[Work]) -> None:
     """Each by itself."""
     usual, before, are_scalars = [], None, False
     for work in works:
-        rule, p, g, buffers, numbers, _, guard, *_ = work
-        if numbers is not before:  # mostly all have the same
-            before, values = numbers, numbers.values()
+        if work.numbers is not before:  # the same for all that have none of their own
+            before, values = work.numbers, work.numbers.values()
             are_scalars = Tensor not in set(map(type, values)) and "row_rms" not in values
-        tensors = (p, g, *buffers)
+        p, tensors = work.p, (work.p, work.g, *work.buffers)
         if are_scalars and p.is_cpu and p.dtype in WIDE and len(set(map(_DTYPE, tensors))) == 1:
-            usual.append((tensors, rule, numbers, guard))
+            usual.append((tensors, work.rule, work.numbers, work.guard))
         else:
             one(work)
-    # A loop that does nothing else: tensors push what Python needs out of the cache.
+    # As ``one`` does it, and nothing else: tensors push what Python needs out of the cache.
     for tensors, rule, numbers, guard in usual:
         if guard is None or all_finite(*tensors[1:]):
             rule(*tensors, **numbers)
@@ -50,7 +49,7 @@ def apart(works: Iterable[Work]) -> None:
 
 def one(work: Work, index: Tensor | None = None) -> None:
     """``index`` [U]: of a work on rows that were gathered, which they are."""
-    rule, p, g, buffers, numbers, _, guard, *_ = work
+    rule, p, g, buffers, numbers, guard = work.rule, work.p, work.g, work.buffers, work.numbers, work.guard
     narrow = len(set(map(_DTYPE, (p, g, *buffers)))) > 1 or p.dtype not in WIDE
     if narrow:
         wide = _wide((p, g, *buffers))
@@ -61,9 +60,8 @@ def one(work: Work, index: Tensor | None = None) -> None:
     else:
         if guard is not None and not p.is_cpu:  # without waiting for the device to say what g is
             before = [guard.shrunk(p), *(b.clone() for b in buffers)]
-        kinds = set(map(type, numbers.values()))
-        if not kinds <= NUMBERS and (Tensor in kinds or "row_rms" in numbers.values() or not p.is_cpu):
-            rule(*(Tensors([x]) for x in (p, g, *buffers)), **numbers)  # factors may be tensors
+        if _has_a_tensor_for_a_factor(numbers, p):
+            rule(*(Tensors([x]) for x in (p, g, *buffers)), **numbers)
         else:
             rule(p, g, *buffers, **numbers)
     if before:
@@ -72,6 +70,13 @@ def one(work: Work, index: Tensor | None = None) -> None:
             x.copy_(torch.where(finite, x, old))
     if narrow:
         _write_back(work, [p, *buffers], index)
+
+
+def _has_a_tensor_for_a_factor(numbers: Mapping[str, Any], p: Tensor) -> bool:
+    """Whether a rule's ``alpha=`` will be one, which lists take; a tensor's methods read it as a number,
+    for which a GPU has to be waited for."""
+    kinds = set(map(type, numbers.values()))
+    return not kinds <= NUMBERS and (Tensor in kinds or "row_rms" in numbers.values() or not p.is_cpu)
 
 
 def together(works: Sequence[Work]) -> None:
@@ -114,11 +119,13 @@ def _without_bad(works: Sequence[Work]) -> Sequence[Work]:
     if not guarded:
         return works
     # A norm that is finite has finite parts; one that is not may merely have overflowed.
-    norms = torch.stack([norm.double() for norm in torch._foreach_norm([x.g for x in guarded])]).tolist()
+    norms = torch._foreach_norm([work.g for work in guarded])
+    device = norms[0].device
+    sizes = torch.stack([norm.to(device, torch.float64) for norm in norms]).tolist()
     bad = {
         id(work)
-        for work, norm in zip(guarded, norms, strict=True)
-        if not math.isfinite(norm) and not torch.isfinite(work.g).all()
+        for work, size in zip(guarded, sizes, strict=True)
+        if not math.isfinite(size) and not torch.isfinite(work.g).all()
     }
     for work in guarded:
         if id(work) in bad and work.guard is not None:

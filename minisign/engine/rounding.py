@@ -12,7 +12,7 @@ the kernels draw the same numbers as this file.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,16 +27,16 @@ class Noise(NamedTuple):
 
     p: Tensor  # the parameter, whole
     seed: int  # from :func:`noise_of`
-    step: int
+    step: Tensor  # the state's counter, which is read when something is rounded
 
     def rounded(self, new: Tensor, rows: Tensor | None) -> Tensor:
         """New values of the parameter's entries on this process, or of these rows of them."""
         index = places(self.p) if rows is None else places(self.p)[rows]
-        return round_at_random(new.float(), index, self.seed, self.step)
+        return round_at_random(new.float(), index, self.seed, int(self.step.item()))
 
 
-def mix(x: int) -> int:
-    """The finalizer of MurmurHash3 on 32 bits."""
+def mix(x: Any) -> Any:
+    """The finalizer of MurmurHash3 on 32 bits: of a number, or of each in an int64 tensor."""
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & ALL_BITS
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & ALL_BITS
     return x ^ (x >> 16)
@@ -44,7 +44,7 @@ def mix(x: int) -> int:
 
 def noise_of(seed: int, number: int) -> int:
     """What all roundings of an optimizer's parameter with this number follow from, 32 bits."""
-    return mix((seed + 0x9E3779B9 * number) & ALL_BITS)
+    return int(mix((seed + 0x9E3779B9 * number) & ALL_BITS))
 
 
 def round_at_random(x: Tensor, index: Tensor, noise: int, step: int) -> Tensor:
@@ -56,9 +56,7 @@ def round_at_random(x: Tensor, index: Tensor, noise: int, step: int) -> Tensor:
     """
     key = mix((noise + step) & ALL_BITS)
     h = ((index & ALL_BITS) * 0x9E3779B1 + (index >> 32) * 0x85EBCA77 + key) & ALL_BITS
-    h = ((h ^ (h >> 16)) * 0x85EBCA6B) & ALL_BITS
-    h = ((h ^ (h >> 13)) * 0xC2B2AE35) & ALL_BITS
-    up = ((h ^ (h >> 16)) >> 16).to(torch.int32)
+    up = (mix(h) >> 16).to(torch.int32)
     rounded = ((x.contiguous().view(torch.int32) + up) & -0x10000).view(torch.float32)
     return torch.where(x.isnan(), x, rounded).to(torch.bfloat16)
 

@@ -91,7 +91,7 @@ def forget_rows(weight: Tensor, unless: Tensor | None = None) -> None:
     if unless is None:
         mask.zero_()
     else:
-        mask.logical_and_(unless != 0)
+        mask.logical_and_(unless.to(mask.device) != 0)
 
 
 def recorded_rows(weight: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from torch import Tensor
 from minisign.engine.lists import Tensors
 from minisign.engine.words import Rule
 
+CPU = torch.device("cpu")  # whatever a user has made the default
+
 
 def keep_and_weight(rule: Rule, numbers: Mapping[str, Any]) -> tuple[float, float]:
     """What a step keeps of a momentum, and the weight of the gradient in it.
@@ -36,13 +38,13 @@ def why_not_linear(rule: Rule, buffers: int, numbers: Mapping[str, Any]) -> str:
 
 @lru_cache  # of a group's parameters all ask the same
 def _halves(rule: Rule, numbers: tuple[tuple[str, Any], ...]) -> tuple[float, float, str]:
-    one = torch.ones(1, 1, dtype=torch.float64)
+    one = torch.ones(1, 1, dtype=torch.float64, device=CPU)
     kept, weighted = one.clone(), one * 0
     _try(rule, (one * 0, one * 0, kept), dict(numbers))
     _try(rule, (one * 0, one, weighted), dict(numbers))
     keep, weight = kept.item(), weighted.item()
     p, g, m = _random(3)
-    sizes = torch.logspace(-6, 6, len(g), dtype=torch.float64).unsqueeze(1)
+    sizes = torch.logspace(-6, 6, len(g), dtype=torch.float64, device=CPU).unsqueeze(1)
     g, m = g * sizes, m * sizes.flip(0)
     taken, moved, alone = m.clone(), p.clone(), p.clone()
     _try(rule, (moved, g, taken), dict(numbers))
@@ -53,9 +55,9 @@ def _halves(rule: Rule, numbers: tuple[tuple[str, Any], ...]) -> tuple[float, fl
     return keep, weight, "" if torch.equal(moved, alone) else by_more
 
 
-def left(rule: Rule, buffers: int, numbers: Mapping[str, Any]) -> list[float]:
+def left_of_buffers(rule: Rule, buffers: int, numbers: Mapping[str, Any]) -> list[float]:
     """What a step without a gradient leaves of each buffer of a rule, linear or not: each at 1, alone."""
-    eye = torch.eye(buffers, dtype=torch.float64).unsqueeze(-1)  # [buffers, the one at 1, 1]
+    eye = torch.eye(buffers, dtype=torch.float64, device=CPU).unsqueeze(-1)  # [buffers, the one at 1, 1]
     values = [x.clone() for x in eye]
     _try(rule, (torch.zeros_like(eye[0]), torch.zeros_like(eye[0]), *values), numbers)
     return [float(x[i]) for i, x in enumerate(values)]
@@ -78,8 +80,8 @@ def _goes_by_rows(rule: Rule, buffers: int, numbers: tuple[tuple[str, Any], ...]
 
 
 def _random(count: int) -> list[Tensor]:
-    random = torch.Generator().manual_seed(0)
-    return [torch.randn(13, 16, dtype=torch.float64, generator=random) for _ in range(count)]
+    random = torch.Generator(CPU).manual_seed(0)
+    return [torch.randn(13, 16, dtype=torch.float64, device=CPU, generator=random) for _ in range(count)]
 
 
 def _try(rule: Rule, tensors: Sequence[Tensor], numbers: Mapping[str, Any], is_fixed: bool = False) -> None:

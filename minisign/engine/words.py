@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 Rule: TypeAlias = Callable[..., None]  # rule(p, g, *buffers, **numbers): one step in place
+Group: TypeAlias = dict[str, Any]  # a parameter group of torch.optim: parameters, numbers, options
 WORDS = ("rms", "row_rms")
 
 

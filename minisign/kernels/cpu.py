@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from minisign.kernels import cpp
-from minisign.kernels.kept import folder
+from minisign.kernels.cache import folder
 from minisign.kernels.program import Program
 from minisign.kernels.table import FMA_ON_CPU, Call, Form, Launch, Unavailable
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minisign.kernels import triton, words
-from minisign.kernels.kept import folder, keep
+from minisign.kernels.cache import folder, keep
 from minisign.kernels.program import Program
 from minisign.kernels.table import COUNT, SIZE, WIDTH, B, Call, Form, Launch, P
 
@@ -57,7 +57,8 @@ def step(program: Program, launch: Launch, call: Call, cache: dict[Any, Any]) ->
     if launch.steps:
         torch._foreach_add_(launch.steps, 1.0)
         if call.found_inf is not None:  # a step that is not made does not count
-            torch._foreach_sub_(launch.steps, [call.found_inf.reshape(())] * len(launch.steps))
+            found_inf = call.found_inf.reshape(()).to(launch.device)
+            torch._foreach_sub_(launch.steps, [found_inf] * len(launch.steps))
     lines, width, buffers = launch.table, launch.width, len(program.buffers)
     addresses = [*range(P, B + buffers), *([WIDTH] if launch.form.rows else [])]
     odd = {i // width for c in addresses for i in range(c, len(lines), width) if lines[i] % 16}
@@ -77,13 +78,13 @@ def _launch(
 ) -> None:
     device, form = launch.device, launch.form
     table = _table(launch, lines, cache)
-    if "none" not in cache:
-        cache["none"] = torch.zeros(1, device=device), torch.ones(1, device=device)
-    zero, one = cache["none"]
+    if ("none", device) not in cache:
+        cache["none", device] = torch.zeros(1, device=device), torch.ones(1, device=device)
+    zero, one = cache["none", device]
     arguments = (
         *table,
-        zero if call.found_inf is None else call.found_inf,
-        one if call.grad_scale is None else call.grad_scale,
+        zero if call.found_inf is None else call.found_inf.to(device),
+        one if call.grad_scale is None else call.grad_scale.to(device),
         zero if call.lr is None else call.lr.reshape(1).float().to(device),
         numbers_of(call),
     )
@@ -130,13 +131,14 @@ def _table(launch: Launch, lines: array[int], cache: dict[Any, Any]) -> Table:
                 "a CUDA graph cannot capture the first step on gradients at new addresses: make one step "
                 "before the capture and keep the gradients, zero_grad(set_to_none=False)"
             )
-        columns = torch.tensor(lines, dtype=torch.int64)
+        columns = torch.tensor(lines, dtype=torch.int64, device="cpu")
         sizes = columns[SIZE::width]
         counts = columns[COUNT::width] if rows else -(-sizes // words.BLOCK)
         n = len(counts)
+        owners = torch.arange(n, dtype=torch.int32, device="cpu").repeat_interleave(counts)
         tables[key] = Table(
             columns=_send(columns, device),
-            owners=_send(torch.arange(n, dtype=torch.int32).repeat_interleave(counts), device),
+            owners=_send(owners, device),
             firsts=_send(counts.cumsum(0) - counts, device),
             squares=torch.zeros(n, dtype=torch.float64, device=device),
             bad=torch.zeros(n, dtype=torch.int32, device=device),

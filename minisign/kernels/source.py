@@ -8,7 +8,6 @@ import linecache
 import sys
 import textwrap
 import tokenize
-import traceback
 from collections.abc import Callable
 from types import FrameType
 from typing import NamedTuple
@@ -43,16 +42,6 @@ def assigned(rule: Callable[..., None]) -> dict[int, str]:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
         for number in range(node.lineno, (node.end_lineno or node.lineno) + 1)
     }
-
-
-def place_of(error: BaseException) -> Place:
-    """Where an error began, outside of this package's tracing and torch."""
-    outside = [
-        Place(frame.f_code.co_filename, line)
-        for frame, line in traceback.walk_tb(error.__traceback__)
-        if not _is_ours(frame)
-    ]
-    return outside[-1]
 
 
 def here() -> Place:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minisign.engine.contract import ExactOptimizer
+from minisign.engine.exact import ExactOptimizer
 
 
 class Hybrid(ExactOptimizer):

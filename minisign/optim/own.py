@@ -50,7 +50,7 @@ def optimizer(
     floats = {key: float(x) if isinstance(x, (int, float)) else x for key, x in numbers.items()}
     asks: frozenset[str] = frozenset()
     try:
-        made, is_known = trace(rule, floats, {"step": DOUBLE} if "step" in named else {}), True
+        made, is_traceable = trace(rule, floats, {"step": DOUBLE} if "step" in named else {}), True
         asks = frozenset(WORDS) & made.scalars.keys() - set(numbers.values())
         p = made.inputs[0]
         if not any(line.out is p for line in made.lines):
@@ -61,7 +61,7 @@ def optimizer(
         if "row_rms" in asks:
             rule = on_lists(rule)
     except Untraceable:  # fused=True will say which line; the plain road can do all that tensors can
-        rule, is_known = _watched(rule), False
+        rule, is_traceable = _watched(rule), False
 
     def init(self: Optimizer, params: Params, **given: Any) -> None:
         own = {key: given.pop(key, default) for key, default in numbers.items()}
@@ -72,7 +72,7 @@ def optimizer(
     known |= bounds or {}
     body = dict(
         __doc__=rule.__doc__, __module__=rule.__module__, __init__=init, rule=staticmethod(rule),
-        buffers=tuple(buffers), bounds={key: known.get(key) for key in numbers}, is_known=is_known,
+        buffers=tuple(buffers), bounds={key: known.get(key) for key in numbers}, is_traceable=is_traceable,
         asks=asks,
     )  # fmt: skip
     return type(name or "".join(map(str.capitalize, rule.__name__.split("_"))), (Optimizer,), body)

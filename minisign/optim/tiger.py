@@ -37,8 +37,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from minisign.engine.optimizer import Optimizer, Params
-from minisign.engine.options import BETA, FROM_0, Bounds, Group, Options
-from minisign.engine.words import rms
+from minisign.engine.options import BETA, FROM_0, Bounds, Options
+from minisign.engine.words import Group, rms
 
 # The author's rule, for groups that say what they hold (minisign.param_groups).
 KINDS: dict[str, Group] = {
@@ -92,7 +92,7 @@ class Tiger(Optimizer):
 
     rule = staticmethod(tiger)
     bounds: ClassVar[Bounds] = {"lr": FROM_0, "beta": BETA, "weight_decay": FROM_0, "scale": FROM_0}
-    own = ("weight_decay",)
+    per_tensor = ("weight_decay",)
 
     def __init__(
         self,
