@@ -160,13 +160,27 @@ bool some_not_finite(const T* x, int64_t n) {
 }
 
 template <class T>
-bool some_not_zero(const T* x, int64_t n) {  // NaN is not
+int not_zero(const T* x, int64_t n) {  // NaN is not
   int found = 0;
-  for (int64_t i = 0; i < n; i += BLOCK) {
-    fetch(INT64_MAX, x + i);  // the next row, too
-    for (int64_t j = i; j < std::min(i + BLOCK, n); j++) found |= float(x[j]) != 0;
-  }
+  for (int64_t i = 0; i < n; i++) found |= float(x[i]) != 0;
   return found;
+}
+
+// Of n rows, one after another: which have an entry that is not zero.
+template <class T>
+void rows_not_zero(const T* x, int64_t width, int64_t n, char* found) {
+  const int64_t quarter = n / 4;
+  for (int64_t j = 4 * quarter; j < n; j++) found[j] = not_zero(x + j * width, width);
+  for (int64_t j = 0; j < quarter; j++) {
+    int some[4] = {};
+    for (int64_t i = 0; i < width; i += BLOCK)
+      for (int64_t k = 0; k < 4; k++) {
+        const T* y = x + (k * quarter + j) * width + i;
+        fetch(INT64_MAX, y);  // the next row, too
+        some[k] |= not_zero(y, std::min(BLOCK, width - i));
+      }
+    for (int64_t k = 0; k < 4; k++) found[k * quarter + j] = some[k];
+  }
 }
 
 // --- one tensor --------------------------------------------------------------------------------------
@@ -211,33 +225,49 @@ struct Step {
     in_parts(t.size, PART, [&](int64_t, int64_t start, int64_t n) { span(!bad, size, start, start, n); });
   }
 
-  // A row of the gradient as a part is of a tensor: n rows from `first` on.
-  template <class Body>
+  template <class Body>  // body(first, how many) for parts of the gradient's rows
   void in_rows(int64_t count, Body body) const {
     in_parts(count, std::max<int64_t>(8, PART / std::max<int64_t>(t.width, 1)),
-             [&](int64_t, int64_t first, int64_t n) { for (int64_t j = first; j < first + n; j++) body(j, j + 1 < first + n); });
+             [&](int64_t, int64_t first, int64_t n) { body(first, first + n); });
+  }
+
+  // The rows of the gradient that move.
+  std::vector<int64_t> moving() const {
+    const bool* mask = static_cast<const bool*>(t.rows);
+    std::vector<char> found(Rule::sought ? t.count : 0);
+    if (Rule::sought)
+      in_rows(t.count, [&](int64_t j, int64_t end) { rows_not_zero(t.g + j * t.width, t.width, end - j, &found[j]); });
+    std::vector<int64_t> rows;
+    constexpr int64_t EIGHT = 8;
+    for (int64_t j = 0; j < t.count; j += EIGHT) {  // few of a mask's rows are chosen
+      uint64_t some = 1;
+      if (Rule::rows == MASKED && j + EIGHT <= t.count) std::memcpy(&some, mask + j, sizeof some);
+      for (int64_t i = j; some && i < std::min(j + EIGHT, t.count); i++)
+        if ((Rule::rows != MASKED || mask[i]) && (!Rule::sought || found[i])) rows.push_back(i);
+    }
+    return rows;
   }
 
   void by_rows() const {
     const auto row = [&](int64_t j) { return Rule::rows == LISTED ? static_cast<const int64_t*>(t.rows)[j] : j; };
-    std::vector<char> chosen(t.count, 1);
-    if (Rule::rows == MASKED) std::copy_n(static_cast<const bool*>(t.rows), t.count, chosen.begin());
-    if (Rule::sought) in_rows(t.count, [&](int64_t j, bool) { chosen[j] &= some_not_zero(t.g + j * t.width, t.width); });
-    std::vector<int64_t> moving;
-    for (int64_t j = 0; j < t.count; j++)
-      if (chosen[j]) moving.push_back(j);
+    const std::vector<int64_t> rows = moving();
+    const int64_t count = rows.size();
     int bad = 0;
     if (Rule::guard) {
-      std::vector<char> found(moving.size());
-      in_rows(moving.size(), [&](int64_t k, bool) { found[k] = some_not_finite(t.g + moving[k] * t.width, t.width); });
+      std::vector<char> found(count);
+      in_rows(count, [&](int64_t k, int64_t end) {
+        for (; k < end; k++) found[k] = some_not_finite(t.g + rows[k] * t.width, t.width);
+      });
       for (char x : found) bad |= x;
     }
-    in_rows(moving.size(), [&](int64_t k, bool more) {
-      const int64_t start = row(moving[k]) * t.width;
-      if (more) t.fetch(row(moving[k + 1]) * t.width, moving[k + 1] * t.width, t.width);
-      float size = float(t.known);
-      if (Rule::size == OF_ROW && size != size && !bad) size = rms(sum_of_squares(t.p + start, t.width), t.width);
-      span(!bad, size, start, moving[k] * t.width, t.width);
+    in_rows(count, [&](int64_t k, int64_t end) {
+      for (; k < end; k++) {
+        const int64_t start = row(rows[k]) * t.width;
+        if (k + 1 < end) t.fetch(row(rows[k + 1]) * t.width, rows[k + 1] * t.width, t.width);
+        float size = float(t.known);
+        if (Rule::size == OF_ROW && size != size && !bad) size = rms(sum_of_squares(t.p + start, t.width), t.width);
+        span(!bad, size, start, rows[k] * t.width, t.width);
+      }
     });
   }
 };
