@@ -193,12 +193,15 @@ HALF = {
 # What is aimed at: (size, contestant): (against whom, at most), by kind of device.
 BARS: dict[str, dict[tuple[str, str], tuple[str, float]]] = {
     "cpu": {
-        **{("10m", name): (YARDSTICK, 0.90) for name in ("Lion (fused)", "Tiger, base (fused)")},
-        **{("small", name): (YARDSTICK, 0.80) for name in ("Lion (fused)", "Tiger, base (fused)")},
-        **{
-            ("lazy", name): ("Lion (fused), dense", 0.03)
-            for name in ("Lion (fused), lazy ids", "Lion (fused), sparse")
-        },
+        **{("10m", name): (YARDSTICK, 0.72) for name in ("Lion (fused)", "Signum (fused)")},
+        ("10m", "Tiger, base (fused)"): (YARDSTICK, 0.78),
+        ("10m", "Tiger, RMS (fused)"): (YARDSTICK, 0.90),
+        ("10m", "AdamW (fused)"): (YARDSTICK, 0.80),
+        ("small", "Lion (fused)"): (YARDSTICK, 0.40),
+        ("small", "AdamW (fused)"): (YARDSTICK, 0.55),
+        ("lazy", "Lion (fused), lazy ids"): ("Lion (fused), dense", 0.03),
+        ("lazy", "Lion (fused), sparse"): ("Lion (fused), dense", 0.03),
+        ("lazy", "Lion (fused), lazy grad"): ("Lion (fused), dense", 0.40),
     },
     "cuda": {
         **{

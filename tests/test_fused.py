@@ -537,6 +537,22 @@ def test_a_plan_of_lazy_rows_follows_them(lazy: str, fused: str) -> None:
     assert_equal([train(fused=fused)], [train()])
 
 
+@pytest.mark.parametrize("lazy", [False, "grad", "ids"])
+@pytest.mark.parametrize("cls", [Signum, Lion, Tiger, AdamW])
+def test_a_plan_is_kept(cls: Any, lazy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    embedding = nn.Embedding(6, 4)
+    track_rows(embedding)
+    options = {"scale": "row_rms"} if cls is Tiger else {}
+    optimizer, made, plan = cls(embedding.parameters(), lazy=lazy, fused=True, **options), [], road._plan
+    monkeypatch.setattr(road, "_plan", lambda *given: made.append(1) or plan(*given))
+    for t in range(5):
+        optimizer.param_groups[0]["lr"] = 0.1 / (1 + t)
+        optimizer.zero_grad()
+        embedding(torch.tensor([t, 1])).sum().backward()
+        optimizer.step()
+    assert len(made) == 1
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("fused", ON_CPU)
 def test_no_gradient_is_kept(fused: str, sparse: bool) -> None:

@@ -563,9 +563,7 @@ def test_a_gradient_that_no_road_takes_moves_nothing(cls: Any) -> None:
     dense, other = (nn.Parameter(torch.ones(2, 2)) for _ in range(2))
     optimizer = cls([{"params": [dense]}, {"params": [other]}])
     dense.grad, other.grad = torch.ones(2, 2), torch.ones(2, 2).to_sparse(2)
-    with pytest.raises(
-        RuntimeError, match=r"sparse_coo for a parameter of shape \(2, 2\)"
-    ):
+    with pytest.raises(RuntimeError, match=r"sparse_coo for a parameter of shape \(2, 2\)"):
         optimizer.step()
     assert torch.equal(dense, torch.ones(2, 2))
 

@@ -97,8 +97,11 @@ def forget_rows(weight: Tensor, unless: Tensor | None = None) -> None:
 def recorded_rows(weight: Tensor) -> Tensor:
     """Mask [V] of the rows of ``weight`` recorded since a step, itself, not a copy; of a sharded one, its
     part for this process's rows."""
+    mask = _tracked(weight).mask
+    if not is_sharded(weight):
+        return mask
     start = first_row(weight)
-    return _tracked(weight).mask[start : start + len(local(weight))]
+    return mask[start : start + len(local(weight))]
 
 
 def unite_rows(weights: Iterable[Tensor]) -> None:

@@ -48,7 +48,7 @@ struct TensorOf {
 
   // Has the memory send the beginning of what comes next.
   void fetch(int64_t start, int64_t g_start, int64_t n) const {
-    for (int64_t i = 0; i < std::min(n, AHEAD); i += 16) {
+    for (int64_t i = 0; i < std::min(n, 2 * AHEAD); i += 16) {
       __builtin_prefetch(p + start + i);
       __builtin_prefetch(g + g_start + i);
       for (int j = 0; j < BUFFERS; j++) __builtin_prefetch(b[j] + start + i);
