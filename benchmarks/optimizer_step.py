@@ -489,7 +489,9 @@ def draw(lines: list[dict[str, Any]], title: str, path: Path) -> None:
         ]
         values = [x["ratio_to_fused_adamw"] for x in chosen]
         bars = ax.barh([x["name"] for x in chosen], values, color=colors)
-        ax.bar_label(bars, [f"{v:.2f}" if v >= 0.1 else f"{v:.3f}" for v in values], padding=2, fontsize=8)
+        labels = [f"{v:.2f}" if v >= 0.1 else f"{v:.3f}" for v in values]
+        # White behind, so that no number is crossed out by the line at 1.
+        ax.bar_label(bars, labels, padding=2, fontsize=8, bbox={"facecolor": "white", "pad": 1, "lw": 0})
         ax.axvline(1, color="black", linewidth=0.8, zorder=0)
         ax.margins(y=0.01)
         ax.set_xlim(0, 1.12 * max(values))

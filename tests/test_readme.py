@@ -196,7 +196,9 @@ def test_figures_of_the_undisturbed_run_and_of_the_jumps() -> None:
         assert jumps[label].max() < 0.15
 
 
-STEPS = json.loads((ROOT / "benchmarks" / "results" / "amd-epyc-1-thread.json").read_text())["results"]
+STEPS = json.loads(
+    (ROOT / "benchmarks" / "results" / "intel-r-xeon-r-processor-1-thread.json").read_text()
+)["results"]
 
 
 def test_table_of_speed() -> None:
