@@ -483,6 +483,15 @@ def test_a_step_without_rows_counts(fused: str) -> None:
     torch.testing.assert_close(train(fused=fused), train(), rtol=1e-6, atol=1e-6)
 
 
+def test_a_gradient_with_the_negative_bit() -> None:
+    p = nn.Parameter(torch.zeros(4))
+    optimizer = Signum([p], lr=0.1, fused=True)
+    for _ in range(2):
+        p.grad = torch._neg_view(torch.ones(4))
+        optimizer.step()
+    assert (p > 0).all()
+
+
 @pytest.mark.parametrize(
     "other",
     [torch._neg_view, lambda g: g.t().contiguous().t(), lambda g: g.to_sparse(1), nn.Parameter],
@@ -535,6 +544,34 @@ def test_a_plan_of_lazy_rows_follows_them(lazy: str, fused: str) -> None:
         return embedding.weight.detach()
 
     assert_equal([train(fused=fused)], [train()])
+
+
+def test_a_plan_sees_that_gradients_are_to_be_released() -> None:
+    def train(**own: Any) -> list[torch.Tensor]:
+        p = nn.Parameter(torch.zeros(3, 2))
+        optimizer = Signum([p], lr=0.1, **own)
+        for t in range(4):
+            optimizer.param_groups[0]["release_grads"] = t > 1
+            p.grad = torch.arange(-2.0 + t, 4.0 + t).view(3, 2)
+            optimizer.step()
+        return [p.detach(), optimizer.state[p]["momentum"]]
+
+    assert_equal(train(fused=True), train())
+
+
+def test_a_plan_sees_a_counter_that_was_not_there() -> None:
+    def train(**own: Any) -> list[torch.Tensor]:
+        ps = [nn.Parameter(torch.zeros(3, 2)) for _ in range(2)]
+        optimizer = Signum(ps, lr=0.1, **own)
+        for t in range(3):
+            for p in ps:
+                p.grad = torch.ones(3, 2)
+            if t == 1:
+                optimizer.state[ps[1]]["step"] = torch.tensor(5.0)
+            optimizer.step()
+        return [optimizer.state[ps[1]]["step"]]
+
+    assert_equal(train(fused=True), train())
 
 
 @pytest.mark.parametrize("lazy", [False, "grad", "ids"])

@@ -19,7 +19,9 @@ from minisign.engine.words import Group, Rule
 from minisign.engine.work import Work, numbers_of
 from minisign.kernels.table import Launch
 
-_OPTIONS = ("lazy", "lazy_momentum", "fused", "seed", "stochastic_rounding", "accumulate")
+_OPTIONS = (
+    "lazy", "lazy_momentum", "fused", "seed", "stochastic_rounding", "accumulate", "release_grads"
+)  # fmt: skip
 _GRADIENT, _PLACE = attrgetter("grad"), Tensor.data_ptr
 
 
@@ -51,7 +53,6 @@ class Kept:
 
     def __init__(self, plan: Plan, optimizer: RuleOptimizer, group: Group) -> None:
         self.plan, self.said = plan, _said(optimizer, group)
-        self.names = [name for name in (*optimizer.buffers, "step") if name in plan.states[0]]
         tensors, gs = self._tensors(optimizer, group), map(_GRADIENT, group["params"])
         self.places, self.held = list(map(_PLACE, tensors)), [*tensors, *optimizer.state.values()]
         self.alike = TensorGuards(*tensors, *gs, dynamic_dims_sizes=[], dynamic_dims_strides=[])
@@ -75,10 +76,10 @@ class Kept:
 
     def _tensors(self, optimizer: RuleOptimizer, group: Group) -> list[Any]:
         """Parameters, buffers, counters, rows recorded."""
-        params, states = group["params"], self.plan.states
-        own = (x for name in self.names for x in map(dict.get, states, repeat(name)))
+        params, names = group["params"], (*optimizer.buffers, "step")
+        own = (x for name in names for x in map(dict.get, self.plan.states, repeat(name)))
         masks = map(recorded_rows, params) if group["lazy"] == "ids" else ()
-        return [*params, *own, *masks]
+        return [*params, *(x for x in own if x is not None), *masks]
 
 
 def _said(optimizer: RuleOptimizer, group: Group) -> list[Any]:

@@ -46,7 +46,7 @@ struct TensorOf {
   B* b[BUFFERS];
   double own[OWN];    // the rule's numbers that are its own
 
-  // Has the memory send the beginning of what comes next.
+  // Has the memory send the beginning of what comes next; from there on, each block asks for one further on.
   void fetch(int64_t start, int64_t g_start, int64_t n) const {
     for (int64_t i = 0; i < std::min(n, 2 * AHEAD); i += 16) {
       __builtin_prefetch(p + start + i);
@@ -225,7 +225,7 @@ struct Step {
     in_parts(t.size, PART, [&](int64_t, int64_t start, int64_t n) { span(!bad, size, start, start, n); });
   }
 
-  template <class Body>  // body(first, how many) for parts of the gradient's rows
+  template <class Body>  // body(first, end) for parts of the gradient's rows
   void in_rows(int64_t count, Body body) const {
     in_parts(count, std::max<int64_t>(8, PART / std::max<int64_t>(t.width, 1)),
              [&](int64_t, int64_t first, int64_t n) { body(first, first + n); });
