@@ -38,6 +38,7 @@ INSPECT, WATCH = "tests/test_inspect.py::", "tests/test_watch.py::"
 RELIABILITY, PARALLEL = "tests/test_reliability.py::", "tests/test_parallel.py::"
 UPDATES, GUARD = "tests/test_updates.py::", "tests/test_guard.py::"
 JITTER, PROCESSES = "tests/test_jitter.py::", "tests/test_processes.py::"
+POINTERS = "tests/test_pointers.py::"
 RECORDER = "tests/test_claims_recorder.py::"
 
 
@@ -108,8 +109,8 @@ MUTANTS = (
     Mutant(
         "rows that stand twice in a sparse gradient",
         "minisign/engine/lazy.py",
-        "    g = g.coalesce()\n    return g.indices()[0], g.values()\n",
-        "    return g._indices()[0], g._values()\n",
+        "    g = g.coalesce()\n    return g.indices()[0].contiguous(), g.values()\n",
+        "    return g._indices()[0].contiguous(), g._values()\n",
         OPTIM + "test_sparse_duplicates_are_added_before_the_sign",
         "05_fix_lazy",
     ),
@@ -483,6 +484,55 @@ MUTANTS = (
         "            if x.shape != shape:\n",
         "            if False:\n",
         "tests/test_own.py::test_shapes_are_checked_before_anything_moves",
+    ),
+    Mutant(
+        "a sparse row one beyond the last",
+        "minisign/engine/work.py",
+        "        if least < 0 or most >= len(p):\n",
+        "        if least < 0 or most > len(p):\n",
+        POINTERS + "test_a_sparse_row_that_is_not_there",
+    ),
+    Mutant(
+        "a record of rows that are gone",
+        "minisign/engine/rows.py",
+        "        return len(self.mask) == len(weight) and self.mask.device == weight.device\n",
+        "        return self.mask.device == weight.device\n",
+        POINTERS + "test_a_record_of_another_number_of_rows[plain]",
+    ),
+    Mutant(
+        "signs that are put off not seen",
+        "minisign/engine/fused.py",
+        "    if any(_KEYS(x) != usual for x in (p, g, *buffers)):\n",
+        "    if _KEYS(g) != usual:\n",
+        POINTERS + "test_a_negative_bit",
+    ),
+    Mutant(
+        "autograd not told of new weights",
+        "minisign/engine/fused.py",
+        "    if made.writes(made.p) or launch.form.guard:\n",
+        "    if False:\n",
+        POINTERS + "test_autograd_sees_that_its_tensors_were_written",
+    ),
+    Mutant(
+        "autograd told of weights that are the old ones",
+        "minisign/engine/fused.py",
+        "    if made.writes(made.p) or launch.form.guard:\n",
+        "    if True:\n",
+        POINTERS + "test_autograd_may_go_on_where_no_weight_was_written",
+    ),
+    Mutant(
+        "a later tensor of shared memory steps first",
+        "minisign/engine/fused.py",
+        "            spans[i:j] = [(start, end)]\n",
+        "            spans[i:j] = spans[i:j] or [(start, end)]\n",
+        POINTERS + "test_tensors_that_share_memory_step_in_their_order",
+    ),
+    Mutant(
+        "plans of a state that is gone",
+        "minisign/engine/optimizer.py",
+        '        self.cache("fused").clear()  # plans hold',
+        "        # plans hold",
+        POINTERS + "test_a_state_that_was_replaced_is_let_go",
     ),
     Mutant(
         "a broken library loaded",

@@ -410,12 +410,12 @@ def test_fused_without_a_compiler_and_released_gradients_with_clipping(
     assert "release_grads and clip 1.0 exclude each other" in fails(
         capsys, "train", "--release-grads", "--clip", "1", *out
     )
-    cpu.library.cache_clear()
+    cpu.made.cache_clear()
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     assert "needs a C++ compiler" in fails(capsys, "train", "--fused", *out)
-    cpu.library.cache_clear()
+    cpu.made.cache_clear()
 
 
 MINE = """\

@@ -516,7 +516,7 @@ def test_another_back_end_in_mid_course() -> None:
         optimizer.param_groups[0]["fused"] = back_end
         p.grad = torch.ones(4)
         optimizer.step()
-        cache = optimizer.cache(id(optimizer.param_groups[0]))[0]
+        cache = optimizer.cache("fused")[id(optimizer.param_groups[0])][0]
         assert (back_end, p.device) in cache
 
 
@@ -684,7 +684,7 @@ def test_capturable_with_lr_in_a_tensor(case: str, fused: str) -> None:
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    cpu.library.cache_clear()
+    cpu.made.cache_clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
@@ -702,7 +702,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     with pytest.raises(RuntimeError, match=r"could not compile a step.*\n.*it hurts"):
         Lion([p], fused=True).step()
     assert not [f for f in (tmp_path / "minisign").iterdir() if f.suffix == ".so"]
-    cpu.library.cache_clear()
+    cpu.made.cache_clear()
 
 
 def test_the_library_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -713,18 +713,18 @@ def test_the_library_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path:
     numbers = dict(lr=1.0, beta1=0.5, beta2=0.5, weight_decay=0.0)
     program = road.program_of(road.Part(Lion.rule, tuple(numbers.items()), ()), counts=False)
     for _ in range(2):
-        cpu.library.cache_clear()
-        cpu.library(program, Form())
+        cpu.made.cache_clear()
+        cpu.made(program, Form())
     assert len(calls) == 1
     (made,) = (tmp_path / "minisign").glob("*.so")
     good = made.read_bytes()
     for content in (b"", good[:-1], b"x" + good):  # cut off, or of somebody else
         made.unlink()  # which a process that has it loaded does not mind
         made.write_bytes(content)
-        cpu.library.cache_clear()
-        cpu.library(program, Form())
+        cpu.made.cache_clear()
+        cpu.made(program, Form())
     assert len(calls) == 4
-    cpu.library.cache_clear()
+    cpu.made.cache_clear()
 
 
 def test_triton_on_a_cpu_needs_the_interpreter() -> None:

@@ -7,12 +7,14 @@ plain roads take.
 from __future__ import annotations
 
 import math
-from bisect import bisect
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from minisign import kernels
 from minisign.engine.contract import RuleOptimizer
@@ -30,6 +32,7 @@ from minisign.kernels.table import TYPES, Call, Item, Launch, launches
 from minisign.kernels.trace import Untraceable
 
 _PROGRAMS: dict[Any, list[Program]] = {}
+_KEYS = torch._C._dispatch_keys  # what torch chooses a tensor's functions by
 
 
 def check(optimizer: RuleOptimizer, group: Group) -> None:
@@ -37,8 +40,12 @@ def check(optimizer: RuleOptimizer, group: Group) -> None:
     for device in {p.device for p in group["params"]}:
         kernels.backend(group["fused"], device)
     part = Part(optimizer.rule, tuple(numbers_of(optimizer, group).items()), optimizer.per_tensor)
+    _traced(optimizer, group, part)
+
+
+def _traced(optimizer: RuleOptimizer, group: Group, part: Part) -> Program:
     try:
-        program_of(part, optimizer.has_step)
+        return program_of(part, optimizer.has_step)
     except Untraceable as error:
         raise RuntimeError(f"fused={group['fused']!r}: {error}") from error
 
@@ -83,18 +90,28 @@ def text(optimizer: RuleOptimizer, device: str) -> str:
 
 def kept(optimizer: RuleOptimizer, group: Group) -> Plan | None:
     """The plan of the last step, if all is as it was."""
-    last: Kept | None = optimizer.cache(id(group)).get("kept")
+    last: Kept | None = _cache(optimizer, group).get("kept")
     return None if last is None else last.again(optimizer, group)
 
 
-def step(optimizer: RuleOptimizer, group: Group, found: Plan | list[Work]) -> list[Work]:
+def plan(optimizer: RuleOptimizer, group: Group, works: list[Work]) -> Plan:
+    """What the kernels are told of these; kept for the next step, if that may be. Errors: as of check."""
+    new = _plan(optimizer, group, works)
+    for part, launch, _ in new.jobs:
+        kernels.backend(group["fused"], launch.device).made(_traced(optimizer, group, part), launch.form)
+    _cache(optimizer, group)["kept"] = Kept(new, optimizer, group) if new.states else None
+    return new
+
+
+def _cache(optimizer: RuleOptimizer, group: Group) -> dict[Any, Any]:
+    """Of a group, for as long as that is the optimizer's."""
+    cache: dict[Any, Any] = optimizer.cache("fused").setdefault(id(group), {})
+    return cache
+
+
+def step(optimizer: RuleOptimizer, group: Group, plan: Plan) -> list[Work]:
     """One step on what the kernels can take; the others are returned."""
-    cache, found_inf = optimizer.cache(id(group)), getattr(optimizer, "found_inf", None)
-    if isinstance(found, Plan):
-        plan = found
-    else:
-        plan = _plan(optimizer, group, found)
-        cache["kept"] = Kept(plan, optimizer, group) if plan.states else None
+    cache, found_inf = _cache(optimizer, group), getattr(optimizer, "found_inf", None)
     for number, (part, launch, _) in enumerate(plan.jobs):
         _run(optimizer, group, part, launch, cache.setdefault(number, {}))
     if group["lazy"] == "ids":
@@ -122,6 +139,8 @@ def _run(optimizer: RuleOptimizer, group: Group, part: Part, launch: Launch, cac
         cache[which] = kernels.backend(*which)
     cache[which].step(made, launch, call, cache)
     launch.gradients.clear()
+    if made.writes(made.p) or launch.form.guard:
+        increment_version(launch.params)  # else autograd would take the new weights for those of a loss
 
 
 def _plan(optimizer: RuleOptimizer, group: Group, works: list[Work]) -> Plan:
@@ -130,7 +149,7 @@ def _plan(optimizer: RuleOptimizer, group: Group, works: list[Work]) -> Plan:
     places = {id(p): i for i, p in enumerate(params)}
     left: list[Work] = []
     parts: dict[Part, list[tuple[Item, int]]] = {}
-    taken: list[tuple[int, int]] = []
+    spans: list[tuple[int, int]] = []
     for p in params:
         if p.is_cuda and p.grad is None and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -140,8 +159,8 @@ def _plan(optimizer: RuleOptimizer, group: Group, works: list[Work]) -> Plan:
     # in another form than a parameter's lies elsewhere at each step.
     reusable = len(works) == len(params) and group["accumulate"] == 1 and not group["release_grads"]
     for work in works:
-        found = _item(optimizer, group, numbers, work)
-        if found is None or _overlaps(found[1], taken):
+        step, found = work.state.get("step"), _item(optimizer, group, numbers, work)
+        if _overlap((work.p, *work.buffers, *([] if step is None else [step])), spans) or found is None:
             left.append(work)
         else:
             parts.setdefault(found[0], []).append((found[1], places[id(work.parameter)]))
@@ -184,20 +203,29 @@ def _item(optimizer: RuleOptimizer, group: Group, numbers: Group, work: Work) ->
     )  # fmt: skip
 
 
-def _overlaps(item: Item, taken: list[tuple[int, int]]) -> bool:
-    """Whether what the item writes is also another's, of those before; notes what it writes."""
-    own = [(x.data_ptr(), x.data_ptr() + x.numel() * x.element_size()) for x in (item.p, *item.buffers)]
-    for start, end in own:
-        i = bisect(taken, (start, end))
-        if (i and taken[i - 1][1] > start) or (i < len(taken) and taken[i][0] < end):
-            return True
-        taken.insert(i, (start, end))
-    return False
+def _overlap(written: Iterable[Tensor], spans: list[tuple[int, int]]) -> bool:
+    """Whether memory that is to be written is also another tensor's, of those before: whoever comes later
+    must step later. Adds it to ``spans``, which are in order and apart."""
+    found = False
+    for x in written:
+        if x.numel():
+            entries = 1 + sum((n - 1) * d for n, d in zip(x.shape, x.stride(), strict=True))
+            start = x.data_ptr()
+            end = start + entries * x.element_size()
+            i, j = bisect_right(spans, start, key=itemgetter(1)), bisect_left(spans, end, key=itemgetter(0))
+            if i < j:
+                found, start, end = True, min(start, spans[i][0]), max(end, spans[j - 1][1])
+            spans[i:j] = [(start, end)]
+    return found
 
 
 def _takes(p: Tensor, g: Tensor, buffers: Sequence[Tensor], by_rows: bool) -> bool:
     """Whether the kernels can step on these: dense, of one memory order, float32, bfloat16 or float16."""
-    if p.dtype not in TYPES or g.dtype not in TYPES or g.device != p.device or g.is_neg():
+    if p.dtype not in TYPES or g.dtype not in TYPES or g.device != p.device:
+        return False
+    # What is more than numbers in memory (a sign that is put off, zeros that are nowhere, a subclass).
+    usual = _KEYS(torch.empty(0, device=p.device))
+    if any(_KEYS(x) != usual for x in (p, g, *buffers)):
         return False
     if len({b.dtype for b in buffers}) > 1 or any(
         b.dtype not in TYPES or b.device != p.device for b in buffers

@@ -51,7 +51,7 @@ def sparse_rows(g: Tensor) -> tuple[Tensor, Tensor]:
     """Rows [U] of a sparse gradient, each once, and their values [U, …]."""
     # Duplicates must be added up before the sign: sign(a) + sign(b) is not sign(a + b).
     g = g.coalesce()
-    return g.indices()[0], g.values()
+    return g.indices()[0].contiguous(), g.values()
 
 
 def nonzero_rows(g: Tensor) -> Tensor:

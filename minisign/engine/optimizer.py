@@ -36,8 +36,9 @@ class Optimizer(RuleOptimizer):
     - ``fused``: all tensors of the group in one pass, by kernels made from the rule: Triton on a GPU,
       C++ on a CPU, compiled at first use; RuntimeError where Triton or a compiler is missing. float32,
       bfloat16 and float16 in any mix, dense tensors of one memory order; others, and what the kernels
-      cannot do, take the plain road. ``"cpu"`` or ``"triton"`` names the back end. A checkpoint of one
-      goes on in any other: loading it leaves ``fused``, ``foreach`` and ``release_grads`` as they are.
+      cannot do, take the plain road. ``"cpu"`` or ``"triton"`` names the back end. A gradient must not
+      lie in the memory of a weight or a buffer. A checkpoint of one road goes on in any other: loading
+      it leaves ``fused``, ``foreach`` and ``release_grads`` as they are.
     - ``state_dtype``: of the buffers, say ``torch.bfloat16``; ``None``: that of the parameter.
     - ``stochastic_rounding``: bfloat16 parameters are rounded at random (see rounding.py), so that steps
       far below their spacing count on average; ``seed`` says which randomness.
@@ -84,18 +85,21 @@ class Optimizer(RuleOptimizer):
             for group in self.param_groups:
                 if group["lazy"] == "ids":
                     unite_rows([p for p in group["params"] if p.grad is not None])
-            looked: list[Any] = []  # all, before anything moves
+            looked: list[tuple[list[Work], Any]] = []  # all, before anything moves
             for group in self.param_groups:
-                found: Any = fused.kept(self, group) if group["fused"] else None
-                if found is None:  # no kernel goes on as at the last step
-                    found = (released.look if group["release_grads"] else look)(self, group)
-                looked.append(found)
-            for group, found in zip(self.param_groups, looked, strict=True):
-                self._move(group, fused.step(self, group, found) if group["fused"] else found)
+                plan, works = fused.kept(self, group) if group["fused"] else None, []
+                if plan is None:  # no kernel goes on as at the last step
+                    works = (released.look if group["release_grads"] else look)(self, group)
+                    plan = fused.plan(self, group, works) if group["fused"] else None
+                looked.append((works, plan))
+            for group, (works, plan) in zip(self.param_groups, looked, strict=True):
+                self._move(group, works if plan is None else fused.step(self, group, plan))
                 if group["accumulate"] > 1 or group["release_grads"]:
-                    for work in found:
+                    for work in works:
                         if work.taken is not None:
                             work.state["taken"] = work.taken
+                if group["release_grads"]:
+                    released.forget(self, group, works)
                 group["micro_step"] = (group["micro_step"] + 1) % group["accumulate"]
         return loss
 
@@ -127,6 +131,7 @@ class Optimizer(RuleOptimizer):
     def __setstate__(self, state: Group) -> None:
         before = self.__dict__.get("param_groups", [])
         super().__setstate__(state)
+        self.cache("fused").clear()  # plans hold the state that is gone
         for group in self.param_groups:  # a checkpoint from before an option existed
             for name, default in self.defaults.items():
                 group.setdefault(name, default)

@@ -52,14 +52,15 @@ class Kept:
     """A plan, and all that its launches follow from but the gradients: those come anew at each step."""
 
     def __init__(self, plan: Plan, optimizer: RuleOptimizer, group: Group) -> None:
-        self.plan, self.said = plan, _said(optimizer, group)
+        self.plan, self.said = plan, _said(optimizer, group, numbers_of(optimizer, group))
         tensors, gs = self._tensors(optimizer, group), map(_GRADIENT, group["params"])
         self.places, self.held = list(map(_PLACE, tensors)), [*tensors, *optimizer.state.values()]
         self.alike = TensorGuards(*tensors, *gs, dynamic_dims_sizes=[], dynamic_dims_strides=[])
 
     def again(self, optimizer: RuleOptimizer, group: Group) -> Plan | None:
         """The plan with the gradients and numbers of this step, if nothing else has moved."""
-        if self.said != _said(optimizer, group):
+        numbers = numbers_of(optimizer, group)
+        if self.said != _said(optimizer, group, numbers):
             return None
         tensors, gs = self._tensors(optimizer, group), list(map(_GRADIENT, group["params"]))
         held = [*tensors, *optimizer.state.values()]
@@ -67,7 +68,7 @@ class Kept:
             return None
         if not self.alike.check(*tensors, *gs) or list(map(_PLACE, tensors)) != self.places:
             return None
-        jobs, numbers, places = [], numbers_of(optimizer, group), list(map(_PLACE, gs))
+        jobs, places = [], list(map(_PLACE, gs))
         for part, launch, members in self.plan.jobs:
             launch.set_gradients([places[i] for i in members] if len(members) < len(gs) else places)
             shared = tuple((name, numbers.get(name, x)) for name, x in part.numbers)
@@ -82,10 +83,10 @@ class Kept:
         return [*params, *(x for x in own if x is not None), *masks]
 
 
-def _said(optimizer: RuleOptimizer, group: Group) -> list[Any]:
-    """The options and words of a group; its numbers may be others at each step."""
-    words = (group[name] for name in optimizer.bounds if isinstance(group[name], (str, Tensor)))
+def _said(optimizer: RuleOptimizer, group: Group, numbers: Group) -> list[Any]:
+    """The options and words of a group; numbers that its tensors share may be others at each step."""
     return [
-        *(group[name] for name in (*_OPTIONS, *optimizer.per_tensor)), group["shrink"] is None,
-        getattr(optimizer, "found_inf", None) is None, *(x if isinstance(x, str) else id(x) for x in words),
+        *(group[name] for name in _OPTIONS), *(numbers[name] for name in optimizer.per_tensor),
+        *(x if isinstance(x, str) else isinstance(x, Tensor) for x in numbers.values()),
+        group["shrink"] is None, getattr(optimizer, "found_inf", None) is None,
     ]  # fmt: skip

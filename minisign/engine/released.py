@@ -8,6 +8,7 @@ the mean over processes of ``DistributedDataParallel``, a GradScaler) comes too 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -42,14 +43,11 @@ def look(optimizer: RuleOptimizer, group: Group) -> list[Work]:
     for p in group["params"]:
         _take_in(optimizer, p, group)  # a gradient that did not come by way of backward
     bad = optimizer.cache("bad")
-    flags = {p: bad.pop(p, []) for p in group["params"] if optimizer.state.get(p)}
+    flags = {p: bad.get(p, []) for p in group["params"] if optimizer.state.get(p)}
     is_bad = dict(zip(flags, _any_of_each(list(flags.values())), strict=True))
     last = is_last(group)
     # p in place of a gradient that is gone, and not read
     due = [(p, p.detach()) for p in flags if is_bad[p] or (last and optimizer.state[p].get("taken"))]
-    if group["stochastic_rounding"]:  # noise counts micro-batches that do not move θ as well
-        for p in {p for p, found in flags.items() if found} - {p for p, _ in due}:
-            work.counter(optimizer, p, optimizer.state[p], group).add_(1)
     # A whole step, of which the first half is done.
     works = work.look(optimizer, {**group, "accumulate": 1}, due)
     taken = 0 if last else None
@@ -59,6 +57,15 @@ def look(optimizer: RuleOptimizer, group: Group) -> list[Work]:
         else x._replace(rule=move(x.rule), guard=None, taken=taken)
         for x in works
     ]
+
+
+def forget(optimizer: RuleOptimizer, group: Group, works: Sequence[Work]) -> None:
+    """What was known of the gradients of a step that is made, of which these works are."""
+    moved, bad = {id(work.parameter) for work in works}, optimizer.cache("bad")
+    for p in group["params"]:
+        # Noise counts micro-batches that do not move θ as well.
+        if bad.pop(p, None) and group["stochastic_rounding"] and id(p) not in moved:
+            work.counter(optimizer, p, optimizer.state[p], group).add_(1)
 
 
 def _take_in(optimizer: RuleOptimizer, p: Tensor, group: Group) -> None:

@@ -19,6 +19,10 @@ class _Record:
     mask: Tensor  # [V]: rows looked up since the optimizer's last step, on this process
     groups: list[Any]  # process groups over which it is united before a step
 
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether it is, still: a weight may get other data."""
+        return len(self.mask) == len(weight) and self.mask.device == weight.device
+
 
 # Weak, so that a model that is gone leaves nothing behind; here and not on the parameter, so that copies
 # and checkpoints of a model carry no bookkeeping.
@@ -120,12 +124,17 @@ def _tracked(weight: Tensor) -> _Record:
             f"lazy='ids' needs recorded rows, but nothing tracks the parameter of shape "
             f"{tuple(weight.shape)}: call minisign.track_rows(embedding) before training"
         )
+    if not record.is_of(weight):
+        raise ValueError(
+            f"rows were recorded of {len(record.mask)} rows on {record.mask.device}, and the parameter has "
+            f"shape {tuple(weight.shape)} on {weight.device} now: make a forward pass before the step"
+        )
     return record
 
 
 def _record_of(weight: Tensor) -> _Record:
     record: _Record | None = _LOOKED_UP.get(weight)
-    if record is None or record.mask.device != weight.device or len(record.mask) != len(weight):
+    if record is None or not record.is_of(weight):
         mask = torch.zeros(len(weight), dtype=torch.bool, device=weight.device)
         record = _LOOKED_UP[weight] = _Record(mask, [] if record is None else record.groups)
     return record

@@ -71,7 +71,7 @@ def look(
         if g is None:
             continue
         if g.layout != torch.strided:
-            _check_sparse(p, g)
+            _check_sparse(_called(group, i), p, g)
         if asks_whole and (sharded or group["lazy"] or g.layout != torch.strided):
             _check_goes_by_rows(optimizer, numbers)
         state = optimizer.state[p] or new_state(optimizer, p, group)
@@ -90,7 +90,7 @@ def look(
         if optimizer.per_tensor and (own := optimizer.own_numbers(p, group)):
             mine = mine | own
         rule, noise, taken = optimizer.rule, None, None
-        if counted:
+        if counted or "step" in state:
             mine, noise = _counted(optimizer, p, state, group, mine)
         if group["accumulate"] > 1:
             rule, mine, taken = halves.due(rule, p, g, state, group, mine)
@@ -164,19 +164,30 @@ def _missing(optimizer: RuleOptimizer, p: Tensor, group: Group) -> Tensor | None
     return None
 
 
-def _check_sparse(p: Tensor, g: Tensor) -> None:
+def _check_sparse(called: str, p: Tensor, g: Tensor) -> None:
     if g.layout != torch.sparse_coo or g.sparse_dim() != 1:
         raise RuntimeError(
             "minisign takes dense gradients and those of nn.Embedding(sparse=True), "
             f"got layout {g.layout} for a parameter of shape {tuple(p.shape)}"
         )
+    rows = g._indices()
+    if rows.numel():
+        least, most = (int(x) for x in rows.aminmax())
+        if least < 0 or most >= len(p):
+            raise ValueError(
+                f"a sparse gradient has row {least if least < 0 else most} for {called}, of shape "
+                f"{tuple(p.shape)}"
+            )
+
+
+def _called(group: Group, i: int) -> str:
+    return group["param_names"][i] if "param_names" in group else f"parameter {i} of its group"
 
 
 def _wrong(group: Group, i: int, p: Tensor, x: Tensor, state: Mapping[str, Any]) -> ValueError:
     name = next((name for name, b in state.items() if local(b) is local(x)), "gradient")
-    called = group["param_names"][i] if "param_names" in group else f"parameter {i} of its group"
     return ValueError(
-        f"{called} has shape {tuple(p.shape)}, and its {name} shape {tuple(x.shape)}, strides {x.stride()}:"
-        " a checkpoint of another model or order of parameters, or a parameter that was replaced after a "
-        "step; make the optimizer anew, or take the parameter's entry out of its state"
+        f"{_called(group, i)} has shape {tuple(p.shape)}, and its {name} shape {tuple(x.shape)}, strides "
+        f"{x.stride()}: a checkpoint of another model or order of parameters, or a parameter that was "
+        "replaced after a step; make the optimizer anew, or take the parameter's entry out of its state"
     )

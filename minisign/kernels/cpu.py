@@ -81,12 +81,12 @@ def step(program: Program, launch: Launch, call: Call, cache: object = None) -> 
         threads=torch.get_num_threads(),
     )
     table = launch.table.buffer_info()[0]
-    library(program, launch.form).minisign_step(ctypes.addressof(shared), table, launch.count)
+    made(program, launch.form).minisign_step(ctypes.addressof(shared), table, launch.count)
 
 
 @functools.cache
-def library(program: Program, form: Form) -> Any:
-    """The compiled step; its first use on a machine takes a second or two.
+def made(program: Program, form: Form) -> Any:
+    """The library with the compiled step; its first use on a machine takes a second or two.
 
     Raises:
         Unavailable: no compiler, or one that fails; with what to do, or with what it says.

@@ -36,8 +36,8 @@ class Table(NamedTuple):
 
 
 @functools.cache
-def module(program: Program, form: Form) -> ModuleType:
-    """The made module. It is a file, because Triton reads the source of what it compiles."""
+def made(program: Program, form: Form) -> ModuleType:
+    """The module with what is the rule's own. It is a file: Triton reads the source of what it compiles."""
     text = triton.write(program, form)
     name = f"made_{hashlib.sha256(text.encode()).hexdigest()[:20]}"
     path = folder() / f"{name}.py"
@@ -46,9 +46,9 @@ def module(program: Program, form: Form) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
-    made = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
+    found = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
 
 
 def step(program: Program, launch: Launch, call: Call, cache: dict[Any, Any]) -> None:
@@ -89,15 +89,15 @@ def _launch(
         numbers_of(call),
     )
     kernel = words.step[(len(table.owners),)]
-    made = constants(program, form, launch.width, aligned)
+    fixed = constants(program, form, launch.width, aligned)
     if not len(table.owners):
         return
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         if form.guard or (program.size == "tensor" and not form.rows):
             table.squares.zero_()
             table.bad.zero_()
-            kernel(*arguments, **{**made, "BODY": words.look}, LOOK=True)
-        kernel(*arguments, **made, LOOK=False)
+            kernel(*arguments, **{**fixed, "BODY": words.look}, LOOK=True)
+        kernel(*arguments, **fixed, LOOK=False)
 
 
 def constants(program: Program, form: Form, columns: int, aligned: bool) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def constants(program: Program, form: Form, columns: int, aligned: bool) -> dict
     )  # fmt: skip
     # Triton's own default of fusing multiply-adds changes between versions.
     options = {} if words.INTERPRETED else {"num_warps": words.WARPS, "enable_fp_fusion": False}
-    return {"BODY": module(program, form).move, "SHAPE": shape, **options}
+    return {"BODY": made(program, form).move, "SHAPE": shape, **options}
 
 
 def numbers_of(call: Call) -> words.Numbers:

@@ -93,7 +93,8 @@ class Launch:
         lines = [item.columns() for item in items]
         self.count, self.width = len(lines), len(lines[0])
         self.table = array("q", [x for line in lines for x in line])
-        self.held = [(item.p, item.buffers, item.rows) for item in items]
+        self.params = [item.p for item in items]
+        self.held = [(item.buffers, item.rows) for item in items]
         self.gradients = [item.g for item in items]  # until the step is made; then others own the memory
 
     def set_gradients(self, addresses: Sequence[int]) -> None:
