@@ -516,7 +516,7 @@ def test_another_back_end_in_mid_course() -> None:
         optimizer.param_groups[0]["fused"] = back_end
         p.grad = torch.ones(4)
         optimizer.step()
-        cache = optimizer.cache("fused")[id(optimizer.param_groups[0])][0]
+        cache = optimizer.cache("fused")[id(optimizer.param_groups[0])]
         assert (back_end, p.device) in cache
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from minisign.kernels.program import Program, program
 from minisign.kernels.table import TYPES, Call, Item, Launch, launches
 from minisign.kernels.trace import Untraceable
 
+Look: TypeAlias = Callable[[RuleOptimizer, Group], list[Work]]
 _PROGRAMS: dict[Any, list[Program]] = {}
 _KEYS = torch._C._dispatch_keys  # what torch chooses a tensor's functions by
 
@@ -88,19 +89,20 @@ def text(optimizer: RuleOptimizer, device: str) -> str:
     return (cpp if device == "cpu" else triton).write(program_of(part, optimizer.has_step), form)
 
 
-def kept(optimizer: RuleOptimizer, group: Group) -> Plan | None:
-    """The plan of the last step, if all is as it was."""
-    last: Kept | None = _cache(optimizer, group).get("kept")
-    return None if last is None else last.again(optimizer, group)
-
-
-def plan(optimizer: RuleOptimizer, group: Group, works: list[Work]) -> Plan:
-    """What the kernels are told of these; kept for the next step, if that may be. Errors: as of check."""
-    new = _plan(optimizer, group, works)
-    for part, launch, _ in new.jobs:
-        kernels.backend(group["fused"], launch.device).made(_traced(optimizer, group, part), launch.form)
-    _cache(optimizer, group)["kept"] = Kept(new, optimizer, group) if new.states else None
-    return new
+def prepare(optimizer: RuleOptimizer, group: Group, look: Look) -> tuple[list[Work], Plan]:
+    """What ``look`` finds, if not all is as it was at the last step; and what the kernels are told. Raises
+    what ``check`` does."""
+    cache, works = _cache(optimizer, group), list[Work]()
+    kept: Kept | None = cache.get("kept")
+    plan = None if kept is None else kept.again(optimizer, group)
+    if plan is None:
+        works = look(optimizer, group)
+        plan = _plan(optimizer, group, works)
+        cache["kept"] = Kept(plan, optimizer, group) if plan.states else None
+    programs = [_traced(optimizer, group, part) for part, _, _ in plan.jobs]
+    for made, (_, launch, _) in zip(programs, plan.jobs, strict=True):
+        _back_end(group, launch, cache).made(made, launch.form)
+    return works, plan._replace(programs=programs)
 
 
 def _cache(optimizer: RuleOptimizer, group: Group) -> dict[Any, Any]:
@@ -109,38 +111,38 @@ def _cache(optimizer: RuleOptimizer, group: Group) -> dict[Any, Any]:
     return cache
 
 
+def _back_end(group: Group, launch: Launch, cache: dict[Any, Any]) -> Any:
+    which = group["fused"], launch.device
+    if which not in cache:
+        cache[which] = kernels.backend(*which)
+    return cache[which]
+
+
 def step(optimizer: RuleOptimizer, group: Group, plan: Plan) -> list[Work]:
     """One step on what the kernels can take; the others are returned."""
     cache, found_inf = _cache(optimizer, group), getattr(optimizer, "found_inf", None)
-    for number, (part, launch, _) in enumerate(plan.jobs):
-        _run(optimizer, group, part, launch, cache.setdefault(number, {}))
+    for number, (made, (part, launch, _)) in enumerate(zip(plan.programs, plan.jobs, strict=True)):
+        numbers = dict(part.numbers)
+        lr = numbers.get("lr")
+        call = Call(
+            made.evaluate(**{name: numbers[name] for name in made.names}),
+            lr if isinstance(lr, Tensor) else None,
+            sign=-1.0 if group["maximize"] else 1.0,
+            shrink=1.0 if group["shrink"] is None else group["shrink"],
+            center=group["center"],
+            grad_scale=getattr(optimizer, "grad_scale", None),
+            found_inf=found_inf,
+        )
+        _back_end(group, launch, cache).step(made, launch, call, cache.setdefault(number, {}))
+        launch.gradients.clear()
+        if made.writes(made.p) or launch.form.guard:
+            increment_version(launch.params)  # else autograd would take the new weights for those of a loss
     if group["lazy"] == "ids":
         left = {id(work.parameter) for work in plan.left}
         for p in group["params"]:
             if p.grad is not None and id(p) not in left:
                 forget_rows(p, unless=found_inf)
     return [] if found_inf is not None and plan.left and found_inf.item() else plan.left
-
-
-def _run(optimizer: RuleOptimizer, group: Group, part: Part, launch: Launch, cache: dict[Any, Any]) -> None:
-    made, numbers = program_of(part, optimizer.has_step), dict(part.numbers)
-    lr = numbers.get("lr")
-    call = Call(
-        made.evaluate(**{name: numbers[name] for name in made.names}),
-        lr if isinstance(lr, Tensor) else None,
-        sign=-1.0 if group["maximize"] else 1.0,
-        shrink=1.0 if group["shrink"] is None else group["shrink"],
-        center=group["center"],
-        grad_scale=getattr(optimizer, "grad_scale", None),
-        found_inf=getattr(optimizer, "found_inf", None),
-    )
-    which = group["fused"], launch.device
-    if which not in cache:
-        cache[which] = kernels.backend(*which)
-    cache[which].step(made, launch, call, cache)
-    launch.gradients.clear()
-    if made.writes(made.p) or launch.form.guard:
-        increment_version(launch.params)  # else autograd would take the new weights for those of a loss
 
 
 def _plan(optimizer: RuleOptimizer, group: Group, works: list[Work]) -> Plan:

@@ -87,11 +87,10 @@ class Optimizer(RuleOptimizer):
                     unite_rows([p for p in group["params"] if p.grad is not None])
             looked: list[tuple[list[Work], Any]] = []  # all, before anything moves
             for group in self.param_groups:
-                plan, works = fused.kept(self, group) if group["fused"] else None, []
-                if plan is None:  # no kernel goes on as at the last step
-                    works = (released.look if group["release_grads"] else look)(self, group)
-                    plan = fused.plan(self, group, works) if group["fused"] else None
-                looked.append((works, plan))
+                find = released.look if group["release_grads"] else look
+                looked.append(
+                    fused.prepare(self, group, find) if group["fused"] else (find(self, group), None)
+                )
             for group, (works, plan) in zip(self.param_groups, looked, strict=True):
                 self._move(group, works if plan is None else fused.step(self, group, plan))
                 if group["accumulate"] > 1 or group["release_grads"]:

@@ -6,6 +6,7 @@ is Python that takes the time: so what was found out is looked over instead of f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import repeat
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from minisign.engine.contract import RuleOptimizer
 from minisign.engine.rows import recorded_rows
 from minisign.engine.words import Group, Rule
 from minisign.engine.work import Work, numbers_of
+from minisign.kernels.program import Program
 from minisign.kernels.table import Launch
 
 _OPTIONS = (
@@ -40,12 +42,14 @@ class Plan(NamedTuple):
     Attributes:
         jobs: what tensors have in common, their launch, and their places in the group.
         left: what the kernels cannot take.
+        programs: of the jobs, at this step.
         states: of the group's parameters, in its order; none: the plan is not for another step.
     """
 
     jobs: list[tuple[Part, Launch, list[int]]]
     left: list[Work]
     states: list[Group]
+    programs: Sequence[Program] = ()
 
 
 class Kept:
