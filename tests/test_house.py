@@ -6,6 +6,7 @@ Imports are read from the source, those within functions and for type checkers t
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -169,6 +170,20 @@ def test_importing_minisign_loads_nothing_heavy() -> None:
     code = f"import sys; from minisign import {names}; print([x for x in {HEAVY} if x in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("name", ["guard", "hf", "repair"])
+def test_where_readme_had_a_module_before_there_were_rooms(name: str) -> None:
+    code = (
+        f"import sys, minisign; assert 'minisign.doctor.{name}' not in sys.modules; "
+        f"import minisign.{name} as old; from minisign.{name} import __name__ as called; "
+        f"import minisign.doctor.{name} as new; assert old is new is minisign.{name}; "
+        "print(called, new.__spec__.name)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [f"minisign.doctor.{name}"] * 2
+    with pytest.raises(ModuleNotFoundError, match=r"minisign\.gard"):
+        importlib.import_module("minisign.gard")
 
 
 # --- houses in which something is wrong -----------------------------------------------------------
