@@ -822,7 +822,7 @@ for name, kinds, which, aligned, look in json.loads(sys.argv[1]):
     n = ("fp32",) * len(program.trace.numbers)
     signature = dict(table="*i64", owners="*i32", firsts="*i64", squares="*fp64", bad="*i32",
     found_inf="*fp32",
-                     grad_scale="*fp32", lr="*fp32", numbers=words.Numbers(n, n, *["fp32"] * 3),
+                     inverse_scale="*fp32", lr="*fp32", numbers=words.Numbers(n, n, *["fp32"] * 3),
                      **dict.fromkeys(made, "constexpr"))
     source = ASTSource(words.step, signature, made)
     out.append(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])

@@ -84,7 +84,7 @@ def _launch(
     arguments = (
         *table,
         zero if call.found_inf is None else call.found_inf.to(device),
-        one if call.grad_scale is None else call.grad_scale.to(device),
+        one if call.grad_scale is None else call.grad_scale.to(device).reciprocal(),
         zero if call.lr is None else call.lr.reshape(1).float().to(device),
         numbers_of(call),
     )

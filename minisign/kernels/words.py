@@ -249,7 +249,7 @@ def number_of_step(line):
 
 @triton.jit
 def step(
-    table, owners, firsts, squares, bad, found_inf, grad_scale, lr, numbers,
+    table, owners, firsts, squares, bad, found_inf, inverse_scale, lr, numbers,
     BODY: tl.constexpr, SHAPE: tl.constexpr, LOOK: tl.constexpr,
 ):  # fmt: skip
     """``BODY``: the rule, made by triton.py; or `look`, where LOOK is true."""
@@ -282,7 +282,7 @@ def step(
                 found, count = squares_of_row(line, start, n, SHAPE), n
             number = number_of_step(line)
             key = mix(tl.load(line + _NOISE).to(tl.uint32) + number.to(tl.uint32))
-            unscale = tl.div_rn(numbers.sign, tl.load(grad_scale))
+            unscale = numbers.sign * tl.load(inverse_scale)
             rms, finite = size_of(found, count, line), tl.load(bad + owner) == 0
             known = (unscale, finite, key, number, rms, lr, numbers)
         for first in range(0, n, SHAPE.block):
