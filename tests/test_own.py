@@ -304,6 +304,17 @@ def clipped(p: Tensor, g: Tensor, m: Tensor, *, lr: float, beta: float) -> None:
     p.sub_(m.clamp(max=1.0).clip(min=-beta), alpha=lr)
 
 
+def a_number_over_entries(p: Tensor, g: Tensor, m: Tensor, *, lr: float, beta: float) -> None:
+    m.mul_(beta).add_(g)
+    p.sub_(0.3 / (m.abs() + 1), alpha=lr)
+    p.sub_((m.square() + 1) ** -0.5, alpha=lr)
+
+
+def clipped_by_entries(p: Tensor, g: Tensor, m: Tensor, *, lr: float, beta: float) -> None:
+    m.mul_(beta).add_(g.clamp(max=m.abs() + 1))
+    p.sub_(m, alpha=lr)
+
+
 def numbers_in_place(p: Tensor, g: Tensor, m: Tensor, *, step: float, lr: float, beta: float) -> None:
     m.add_(g * step)
     rate = step
@@ -325,6 +336,8 @@ def numbers_in_place(p: Tensor, g: Tensor, m: Tensor, *, step: float, lr: float,
         powers_in_place,
         masks,
         clipped,
+        a_number_over_entries,
+        clipped_by_entries,
     ],
 )
 def test_the_same_on_every_road(rule: Any) -> None:

@@ -6,6 +6,7 @@ before anything has moved.
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import weakref
@@ -140,11 +141,12 @@ def test_autograd_sees_that_its_tensors_were_written(road: str) -> None:
             loss.backward()
 
 
+@pytest.mark.parametrize("shrink", [None, 0.99])
 @each_road
-def test_autograd_may_go_on_where_no_weight_was_written(road: str) -> None:
+def test_autograd_may_go_on_where_no_weight_was_written(road: str, shrink: float | None) -> None:
     """Two forward passes before the first of two micro-batches is taken."""
     p = nn.Parameter(torch.ones(4))
-    made = Signum([p], accumulate=2, **ROADS[road])
+    made = Signum([p], accumulate=2, shrink=shrink, **ROADS[road])
     for _ in range(2):
         losses = [(p**2).sum() for _ in range(2)]
         for loss in losses:
@@ -261,3 +263,101 @@ def test_a_counter_that_two_share(road: str) -> None:
         results.append([*ps, made.state[ps[0]]["step"]])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@each_road
+def test_a_sparse_gradient_of_a_vector(road: str) -> None:
+    memory = torch.zeros(64)
+    p = nn.Parameter(memory[:8])
+    made = Signum([p], lr=1.0, beta=0.0, weight_decay=0.0, **ROADS[road])
+    torch.gather(p, 0, torch.tensor([1, 2, 2]), sparse_grad=True).sum().backward()
+    made.step()
+    assert memory.tolist() == [0.0, -1.0, -1.0, *[0.0] * 61]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@each_road
+def test_the_default_dtype_does_not_matter(road: str, dtype: torch.dtype) -> None:
+    values = torch.randn(100), torch.randn(100)
+    results = []
+    for default in (torch.float32, dtype):
+        torch.set_default_dtype(default)
+        try:
+            p = nn.Parameter(values[0].clone())
+            made = AdamW([p], **ROADS[road])
+            for _ in range(3):
+                p.grad = values[1].clone()
+                made.step()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        results.append(p)
+    assert torch.equal(*results)
+
+
+@each_kernel
+def test_what_no_kernel_takes_is_not_rounded_to_the_nearest_in_a_graph(road: str) -> None:
+    p = nn.Parameter(torch.ones(64, 64).bfloat16()[:, ::2])
+    options = dict(stochastic_rounding=True, capturable=True, **ROADS[road])
+    made = Signum([p], **options)
+    p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match=r"draws anew .* shape \(64, 32\)"):
+        made.step()
+
+
+@each_kernel
+def test_a_group_that_is_taken_out_is_let_go(road: str) -> None:
+    p, q = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+    made = Signum([{"params": [p]}, {"params": [q]}], **ROADS[road])
+    for t in range(4):
+        for x in (p, q):
+            x.grad = torch.ones(4)
+        made.step()
+        if t == 1:
+            gone = weakref.ref(made.state.pop(p)["momentum"])
+            made.param_groups.pop(0)
+    gc.collect()
+    assert gone() is None
+
+
+@each_road
+def test_an_expanded_parameter_is_refused(road: str) -> None:
+    with pytest.raises(ValueError, match=r"table of shape \(4,\).* memory"):
+        Lion([("table", nn.Parameter(torch.ones(1).expand(4)))], **ROADS[road])
+
+
+@each_road
+def test_a_vector_within_a_matrix_steps_in_its_place(road: str) -> None:
+    if road == "foreach":
+        road = "plain"
+    memory = torch.arange(1.0, 13.0)
+    ps = [nn.Parameter(memory[2:6]), nn.Parameter(memory.view(3, 4))]
+    made = Tiger(ps, lr=0.5, scale="row_rms", weight_decay=0.5, shrink=None, **ROADS[road])
+    wanted = memory.clone()
+    for _ in range(3):
+        ps[0].grad, ps[1].grad = torch.ones(4), -torch.ones(3, 4)
+        made.step()
+        wanted[2:6] -= 0.25  # a vector has half the rate and no decay
+        rows = wanted.view(3, 4)
+        eta = 0.5 * rows.square().mean(1, keepdim=True).sqrt()
+        rows.mul_(1 - 0.5 * eta).add_(eta)
+    torch.testing.assert_close(memory, wanted)
+
+
+def test_noise_follows_the_place_of_a_parameter_now() -> None:
+    """As a run does that goes on from the state dict."""
+    ps = [nn.Parameter(torch.ones(64).bfloat16()) for _ in range(2)]
+    made = Signum([{"params": [p]} for p in ps], lr=1e-3, stochastic_rounding=True)
+    alone = nn.Parameter(torch.ones(64).bfloat16())
+    other = Signum([alone], lr=1e-3, stochastic_rounding=True)
+    for t in range(4):
+        for p in (*ps, alone):
+            p.grad = torch.ones(64).bfloat16()
+        made.step()
+        if t == 0:
+            made.param_groups.pop(0)
+            alone.data.copy_(ps[1].data)
+            state = copy.deepcopy(made.state[ps[1]])
+            other.load_state_dict({**other.state_dict(), "state": {0: state}})
+        else:
+            other.step()
+    assert torch.equal(ps[1], alone)

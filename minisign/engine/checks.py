@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
+
+OVERLAP, OVERLAPS = torch._debug_has_internal_overlap, 1  # torch's answer where entries share memory
 
 
 def check_number(name: str, value: Any, low: float = -math.inf, below: float = math.inf) -> None:

@@ -40,11 +40,11 @@ class RuleOptimizer(ExactOptimizer):
 
     def index_of(self, p: Tensor) -> int:
         """The place of ``p`` among the optimizer's parameters."""
-        cache = self.cache("places")
-        if id(p) not in cache:
+        cache, groups = self.cache("places"), [(id(x), len(x["params"])) for x in self.param_groups]
+        if cache.get("groups") != groups or id(p) not in cache:
             cache.clear()
             params = (q for group in self.param_groups for q in group["params"])
-            cache.update({id(q): i for i, q in enumerate(params)})
+            cache.update({id(q): i for i, q in enumerate(params)} | {"groups": groups})
         return int(cache[id(p)])
 
     def cache(self, of: Any) -> dict[Any, Any]:

@@ -107,7 +107,11 @@ def prepare(optimizer: RuleOptimizer, group: Group, look: Look) -> tuple[list[Wo
 
 def _cache(optimizer: RuleOptimizer, group: Group) -> dict[Any, Any]:
     """Of a group, for as long as that is the optimizer's."""
-    cache: dict[Any, Any] = optimizer.cache("fused").setdefault(id(group), {})
+    caches = optimizer.cache("fused")
+    if len(caches) > len(optimizer.param_groups):
+        for gone in set(caches) - set(map(id, optimizer.param_groups)):
+            del caches[gone]
+    cache: dict[Any, Any] = caches.setdefault(id(group), {})
     return cache
 
 
@@ -135,7 +139,7 @@ def step(optimizer: RuleOptimizer, group: Group, plan: Plan) -> list[Work]:
         )
         _back_end(group, launch, cache).step(made, launch, call, cache.setdefault(number, {}))
         launch.gradients.clear()
-        if made.writes(made.p) or launch.form.guard:
+        if made.writes(made.p):
             increment_version(launch.params)  # else autograd would take the new weights for those of a loss
     if group["lazy"] == "ids":
         left = {id(work.parameter) for work in plan.left}
@@ -164,6 +168,11 @@ def _plan(optimizer: RuleOptimizer, group: Group, works: list[Work]) -> Plan:
         step, found = work.state.get("step"), _item(optimizer, group, numbers, work)
         if _overlap((work.p, *work.buffers, *([] if step is None else [step])), spans) or found is None:
             left.append(work)
+            if group["stochastic_rounding"] and group["capturable"] and work.p.dtype == torch.bfloat16:
+                raise RuntimeError(
+                    "of what rounds at random only a kernel draws anew each time a CUDA graph runs, and "
+                    f"none takes the parameter of shape {tuple(work.p.shape)}, strides {work.p.stride()}"
+                )
         else:
             parts.setdefault(found[0], []).append((found[1], places[id(work.parameter)]))
             reusable &= work.p is work.parameter and work.g.layout == torch.strided
@@ -185,6 +194,8 @@ def _item(optimizer: RuleOptimizer, group: Group, numbers: Group, work: Work) ->
     if lazy and (group["lazy_momentum"] != "freeze" or group["accumulate"] > 1 or "rms" in words):
         # Every row's momentum decays; rows of a cycle are remembered; rows would wait for the matrix.
         return None
+    if g.layout != torch.strided and p.dim() < 2:
+        return None  # its entries are listed, and it is one row
     by_rows, rows = lazy or ("row_rms" in words and work.rule is not take), None
     if g.layout != torch.strided:
         rows, g = sparse_rows(g)

@@ -22,7 +22,8 @@ from minisign.engine.work import Work
 def step_rows(work: Work, group: Mapping[str, Any]) -> None:
     """Moves the rows that take part."""
     index, g = moving_rows(work.parameter, work.g, group)
-    numbers = {name: rms(work.p) if x == "rms" else x for name, x in work.numbers.items()}  # of the whole
+    words = ("rms",) if work.p.dim() > 1 else ("rms", "row_rms")  # of the whole; a vector is one row
+    numbers = {name: rms(work.p) if x in words else x for name, x in work.numbers.items()}
     left, decays = [1.0] * len(work.buffers), group["lazy_momentum"] == "decay"
     if group["accumulate"] > 1:
         keep, last = numbers["keep"], halves.is_last(group)

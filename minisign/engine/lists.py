@@ -11,6 +11,8 @@ from torch import Tensor
 
 from minisign.engine.words import Rule, rms
 
+FACTORS = ("alpha", "value")
+
 
 class Tensors:
     """Tensors of one dtype and device; what is done to it is done to each.
@@ -44,9 +46,18 @@ class Tensors:
         in_place = name.endswith("_")
         if in_place and self.is_fixed:
             return self
-        for factor in factors.values():
-            if isinstance(factor, (Tensor, Tensors)):
+        for word, factor in factors.items():
+            if isinstance(factor, (Tensor, Tensors)) and word in FACTORS:
                 return self._with_factor(name, factor, *arguments)
+        if any(isinstance(x, (Tensor, Tensors)) for x in factors.values()):
+            names, n = tuple(factors), len(arguments)
+
+            def named(x: Tensor, *own: Any) -> Tensor:
+                done: Tensor = getattr(x, name)(*own[:n], **dict(zip(names, own[n:], strict=True)))
+                return done
+
+            done = self._each(named, self, *arguments, *factors.values())
+            return self if in_place else done
         together = getattr(torch, f"_foreach_{name}", None)
         shaped = any(isinstance(x, Tensor) or (factors and not isinstance(x, Tensors)) for x in arguments)
         if together is None or shaped or torch.is_grad_enabled():  # no such word for lists, or no gradient

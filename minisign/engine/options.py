@@ -8,8 +8,16 @@ from typing import Any, TypeAlias, TypedDict
 
 import torch
 
-from minisign.engine.checks import check_bool, check_choice, check_number, check_rate, check_whole
-from minisign.engine.shards import check_rows, is_sharded
+from minisign.engine.checks import (
+    OVERLAP,
+    OVERLAPS,
+    check_bool,
+    check_choice,
+    check_number,
+    check_rate,
+    check_whole,
+)
+from minisign.engine.shards import check_rows, is_sharded, local
 from minisign.engine.words import WORDS, Group
 
 # Of a number, [low, below); None: any. bool: it is True or False.
@@ -156,6 +164,10 @@ def _check_parameter(owner: str, name: str, p: Any, group: Group) -> None:
         raise ValueError(
             f"{owner} requires dense real floating-point parameters, got {name} of shape {shape}, "
             f"{p.dtype}, {p.layout}"
+        )
+    if OVERLAP(local(p)) == OVERLAPS:
+        raise ValueError(
+            f"{name} of shape {shape} has entries that share memory (as after expand): make it contiguous"
         )
     if group["lazy"] and p.dim() < 2:
         raise ValueError(

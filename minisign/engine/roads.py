@@ -29,19 +29,22 @@ _DTYPE = attrgetter("dtype")
 
 def apart(works: Iterable[Work]) -> None:
     """Each by itself."""
-    usual, before, are_scalars = [], None, False
+    due: list[tuple[Any, ...]] = []
+    before, are_scalars = None, False
     for work in works:
         if work.numbers is not before:  # the same for all that have none of their own
             before, values = work.numbers, work.numbers.values()
             are_scalars = Tensor not in set(map(type, values)) and "row_rms" not in values
         p, tensors = work.p, (work.p, work.g, *work.buffers)
         if are_scalars and p.is_cpu and p.dtype in WIDE and len(set(map(_DTYPE, tensors))) == 1:
-            usual.append((tensors, work.rule, work.numbers, work.guard))
+            due.append((tensors, work.rule, work.numbers, work.guard))
         else:
-            one(work)
+            due.append((work, None, None, None))
     # As ``one`` does it, and nothing else: tensors push what Python needs out of the cache.
-    for tensors, rule, numbers, guard in usual:
-        if guard is None or all_finite(*tensors[1:]):
+    for tensors, rule, numbers, guard in due:
+        if rule is None:
+            one(tensors)
+        elif guard is None or all_finite(*tensors[1:]):
             rule(*tensors, **numbers)
         else:
             tensors[0].copy_(guard.shrunk(tensors[0]))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from minisign.engine import halves
+from minisign.engine.checks import OVERLAP, OVERLAPS
 from minisign.engine.contract import RuleOptimizer
 from minisign.engine.rounding import Noise, noise_of
 from minisign.engine.shards import ask_all, is_sharded, local
@@ -18,7 +19,6 @@ from minisign.engine.words import Group, Rule
 
 _GRADIENT = attrgetter("grad")
 _PLAIN = {float, int, str, bool}
-_OVERLAP, OVERLAPS = torch._debug_has_internal_overlap, 1  # torch's answer where entries share memory
 
 
 class Guard(NamedTuple):
@@ -85,7 +85,7 @@ def look(
             sizes = optimizer.cache("whole rms")
             mine = mine | {name: sizes[p] for name, y in numbers.items() if y == "rms" and p in sizes}
         for x in buffers:
-            if _OVERLAP(x) == OVERLAPS:
+            if OVERLAP(x) == OVERLAPS:
                 raise _wrong(group, i, p, x, state)
         if optimizer.per_tensor and (own := optimizer.own_numbers(p, group)):
             mine = mine | own

@@ -79,12 +79,12 @@ def _launch(
     device, form = launch.device, launch.form
     table = _table(launch, lines, cache)
     if ("none", device) not in cache:
-        cache["none", device] = torch.zeros(1, device=device), torch.ones(1, device=device)
+        cache["none", device] = torch.tensor([[0.0], [1.0]], dtype=torch.float32, device=device)
     zero, one = cache["none", device]
     arguments = (
         *table,
-        zero if call.found_inf is None else call.found_inf.to(device),
-        one if call.grad_scale is None else call.grad_scale.to(device).reciprocal(),
+        zero if call.found_inf is None else call.found_inf.float().to(device),
+        one if call.grad_scale is None else call.grad_scale.float().to(device).reciprocal(),
         zero if call.lr is None else call.lr.reshape(1).float().to(device),
         numbers_of(call),
     )

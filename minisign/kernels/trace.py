@@ -167,10 +167,13 @@ class Tracer(fx.proxy.TracerBase):
     ) -> Any:
         place, (_, g, *_) = here(), self.inputs
         if word == "pow" and not all(isinstance(x, Number) or x.is_scalar for x in nodes):
-            power = getattr(nodes[-1], "text", "")
+            power = getattr(nodes[-1], "text", "").strip("()")
             if power not in POWERS:
                 raise Untraceable(f"{place} takes a power other than {', '.join(POWERS)}")
             word, nodes = POWERS[power], nodes[:1]
+        if word == "div" and isinstance(nodes[0], Number) and not getattr(nodes[1], "is_scalar", True):
+            inverse = self._record("reciprocal", nodes[1:], {}, None).node
+            word, nodes = "mul", (inverse, nodes[0])  # as torch does it
         if word not in TEXTS:
             raise Untraceable(
                 f"{place} uses {word}, which the kernels do not know (their words: vocabulary.py)"
