@@ -14,7 +14,6 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
 from minisign import AdamW, Hybrid, Lion, Signum, Tiger, param_groups, track_rows
 from minisign.engine import tried
@@ -407,101 +406,6 @@ def test_bad_groups() -> None:
         param_groups(Zoo(tie=False), embeddings={})
     with pytest.raises(TypeError, match=r"options of 'head' must be a mapping, got 0\.1"):
         param_groups(Zoo(tie=False), head=0.1)  # type: ignore[arg-type]
-
-
-# --- Hybrid ---------------------------------------------------------------------------------------
-
-
-def hybrid(model: nn.Module) -> Hybrid:
-    groups = param_groups(model)
-    return Hybrid(
-        AdamW([g for g in groups if g["kind"] == "embedding"], lr=0.1),
-        Lion([g for g in groups if g["kind"] != "embedding"], lr=0.01),
-    )
-
-
-def fill(model: nn.Module, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for p in model.parameters():
-        p.grad = torch.randn(p.shape, generator=generator)
-
-
-def test_hybrid_is_its_parts() -> None:
-    one, two = Zoo(tie=False), Zoo(tie=False)
-    two.load_state_dict(one.state_dict())
-    together, apart = hybrid(one), hybrid(two).optimizers
-    for seed in range(5):
-        fill(one, seed)
-        fill(two, seed)
-        together.step()
-        for optimizer in apart:
-            optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
-    together.zero_grad()
-    assert all(p.grad is None for p in one.parameters() if p.requires_grad)
-
-
-def test_schedulers_reach_every_member() -> None:
-    optimizer = hybrid(Zoo(tie=False))
-    scheduler = LambdaLR(optimizer, lambda step: 0.5**step)
-    optimizer.step()
-    scheduler.step()
-    assert [g["lr"] for o in optimizer.optimizers for g in o.param_groups][:2] == [0.05, 0.005]
-
-
-def test_hybrid_resumes_and_copies(tmp_path: Any) -> None:
-    model = Zoo(tie=False)
-    optimizer = hybrid(model)
-    CosineAnnealingLR(optimizer, 10)
-    for seed in range(3):
-        fill(model, seed)
-        optimizer.step()
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "x")
-    twin, twin_optimizer = copy.deepcopy((model, optimizer))
-    saved = torch.load(tmp_path / "x", weights_only=True)
-    other = Zoo(tie=False)
-    other_optimizer = hybrid(other)
-    other.load_state_dict(saved["model"])
-    other_optimizer.load_state_dict(saved["optimizer"])
-    for o in (optimizer, twin_optimizer, other_optimizer):
-        assert all(
-            g is h
-            for g, h in zip(o.param_groups, (g for m in o.optimizers for g in m.param_groups), strict=True)
-        )
-    for seed in range(3, 6):
-        for m, o in ((model, optimizer), (twin, twin_optimizer), (other, other_optimizer)):
-            fill(m, seed)
-            o.step()
-    for a, b, c in zip(model.parameters(), twin.parameters(), other.parameters(), strict=True):
-        assert torch.equal(a, b)
-        assert torch.equal(a, c)
-
-
-def test_hybrid_closure_runs_once() -> None:
-    model = Zoo(tie=False)
-    optimizer = hybrid(model)
-    calls = []
-
-    def closure() -> float:
-        calls.append(torch.is_grad_enabled())
-        fill(model, 0)
-        return 7.0
-
-    assert optimizer.step(closure) == 7.0
-    assert calls == [True]
-
-
-def test_hybrid_takes_any_torch_optimizer_and_refuses_the_rest() -> None:
-    a, b = (nn.Parameter(torch.ones(2, 2)) for _ in range(2))
-    Hybrid([torch.optim.SGD([a], lr=0.1), Tiger([b])])
-    with pytest.raises(ValueError, match="more than one parameter group"):
-        Hybrid(Lion([a]), Tiger([a, b]))
-    with pytest.raises(TypeError, match=r"takes torch\.optim\.Optimizer, got 3"):
-        Hybrid(3)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="at least one"):
-        Hybrid()
-    with pytest.raises(ValueError, match="cannot tell which of its optimizers"):
-        Hybrid(Lion([a]), Tiger([b])).add_param_group({"params": [nn.Parameter(torch.ones(2))]})
 
 
 # --- bad input ------------------------------------------------------------------------------------

@@ -11,6 +11,17 @@ from torch import Tensor
 from minisign.engine.words import Group
 
 
+def check_new(group: Group, known: set[int]) -> None:
+    """Raises ValueError where a parameter of a group is among those with these ids."""
+    params, names = group["params"], group.get("param_names")
+    for i, p in enumerate([params] if isinstance(params, Tensor) else params):
+        name, p = p if isinstance(p, tuple) else (names[i] if names else "one", p)
+        if id(p) in known:
+            raise ValueError(
+                f"some parameters appear in more than one parameter group: {name} of shape {tuple(p.shape)}"
+            )
+
+
 class ExactOptimizer(torch.optim.Optimizer):
     """``torch.optim.Optimizer``, but an error about a parameter in two groups says which, and a state
     tensor keeps its dtype when it is loaded, where torch casts it to the parameter's."""
@@ -19,16 +30,7 @@ class ExactOptimizer(torch.optim.Optimizer):
         if isinstance(param_group, dict) and not isinstance(param_group["params"], (Tensor, set)):
             param_group["params"] = list(param_group["params"])
         if isinstance(param_group, dict):
-            known = {id(p) for group in self.param_groups for p in group["params"]}
-            params = param_group["params"]
-            names = param_group.get("param_names")
-            for i, p in enumerate([params] if isinstance(params, Tensor) else params):
-                name, p = p if isinstance(p, tuple) else (names[i] if names else "one", p)
-                if id(p) in known:
-                    raise ValueError(
-                        "some parameters appear in more than one parameter group: "
-                        f"{name} of shape {tuple(p.shape)}"
-                    )
+            check_new(param_group, {id(p) for group in self.param_groups for p in group["params"]})
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
