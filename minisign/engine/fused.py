@@ -211,7 +211,7 @@ def _item(optimizer: RuleOptimizer, group: Group, numbers: Group, work: Work) ->
     return Part(work.rule, tuple(shared.items()), own), Item(
         p, g, work.buffers, work.state.get("step"),
         noise_of(group["seed"], optimizer.index_of(parameter)) if rounded else 0, by_rows, rows,
-        sought=group["lazy"] == "grad",
+        sought=lazy,
         known=known[0] if known else math.nan, own=tuple(float(work.numbers[name]) for name in own),
     )  # fmt: skip
 

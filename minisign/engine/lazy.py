@@ -1,7 +1,7 @@
 """A lazy step: rows that take part move as the rule says, the others keep their bits.
 
-Which take part: those of a sparse gradient, those whose gradient is not all zero, or those that were looked
-up (rows.py).
+Which take part: those whose gradient is not all zero. A sparse gradient lists its rows, and where it is known
+which were looked up (rows.py), the others need not be read.
 """
 
 from __future__ import annotations
@@ -40,17 +40,21 @@ def moving_rows(p: Tensor, g: Tensor, group: Mapping[str, Any]) -> tuple[Tensor,
         if group["lazy"] == "ids":
             forget_rows(p)
         rows, values = sparse_rows(g)
-        if group["lazy"] == "grad":
-            keep = nonzero_rows(values)
-            rows, values = rows[keep], values[keep]
-        return rows, values
-    rows = take_rows(p) if group["lazy"] == "ids" else nonzero_rows(g)
-    return rows, g[rows]
+    elif group["lazy"] == "ids":
+        rows = take_rows(p)
+        values = g[rows]
+    else:
+        rows = nonzero_rows(g)
+        return rows, g[rows]
+    keep = nonzero_rows(values)
+    return rows[keep], values[keep]
 
 
 def sparse_rows(g: Tensor) -> tuple[Tensor, Tensor]:
     """Rows [U] of a sparse gradient, each once, and their values [U, …]."""
-    # Duplicates must be added up before the sign: sign(a) + sign(b) is not sign(a + b).
+    # Duplicates must be added up before the sign: sign(a) + sign(b) is not sign(a + b). And in float32.
+    if not g.is_coalesced() and g.dtype in (torch.bfloat16, torch.float16):
+        g = g.float()
     g = g.coalesce()
     return g.indices()[0].contiguous(), g.values()
 

@@ -13,7 +13,7 @@ from minisign.engine import fused, released, roads, tried
 from minisign.engine.contract import RuleOptimizer
 from minisign.engine.lazy import step_rows
 from minisign.engine.options import HOW, Options, check_group, defaults
-from minisign.engine.rows import unite_rows
+from minisign.engine.rows import check_rows, unite_rows
 from minisign.engine.words import Group
 from minisign.engine.work import Work, look, numbers_of
 
@@ -84,7 +84,9 @@ class Optimizer(RuleOptimizer):
         with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
             for group in self.param_groups:
                 if group["lazy"] == "ids":
-                    unite_rows([p for p in group["params"] if p.grad is not None])
+                    moving = [p for p in group["params"] if p.grad is not None]
+                    unite_rows(moving)
+                    check_rows(moving)
             looked: list[tuple[list[Work], Any]] = []  # all, before anything moves
             for group in self.param_groups:
                 find = released.look if group["release_grads"] else look

@@ -18,6 +18,7 @@ from minisign.engine.shards import first_row, groups_of, is_sharded, local
 class _Record:
     mask: Tensor  # [V]: rows looked up since the optimizer's last step, on this process
     groups: list[Any]  # process groups over which it is united before a step
+    steps: int = 0  # that have read it
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether it is, still: a weight may get other data."""
@@ -60,8 +61,10 @@ def track_rows(module: nn.Module, process_group: Any = None) -> TrackedRows:
     ``torch.no_grad()`` records nothing) until an optimizer steps on the weight. The row of
     ``padding_idx`` never gets a gradient and is never recorded.
 
-    Where several processes train one model, a row counts that one of them looked up. That is known of a
-    ``DistributedDataParallel`` given as the module, and of what ``fully_shard`` has sharded before.
+    Where several processes train one model, a row counts that one of them looked up. That is known of
+    ``DistributedDataParallel``, whether it was there before or not, and of what ``fully_shard`` has sharded
+    before. A step is refused on a gradient of rows that were not recorded: the weight of a tied head has
+    others, and so has one that something else reads (``F.embedding``, ``weight[ids]``).
 
     Args:
         module: an ``nn.Embedding`` or ``nn.EmbeddingBag``, or a module that contains some: all are
@@ -117,6 +120,31 @@ def unite_rows(weights: Iterable[Tensor]) -> None:
             )
 
 
+def check_rows(weights: Iterable[Tensor]) -> None:
+    """Whether gradients are of recorded rows only. To look at all rows takes as long as a step on them, so
+    that is done at the first steps, and then at ever fewer: the 1st, 2nd, 4th, 8th, …
+
+    Raises:
+        RuntimeError: a row outside the record has a gradient, which the step would throw away.
+    """
+    for weight in weights:
+        record, g = _tracked(weight), weight.grad
+        record.steps += 1
+        if g is None or g.layout != torch.strided or record.steps & (record.steps - 1):
+            continue
+        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            continue
+        lost = (local(g).ne(0).flatten(1).any(1) & ~recorded_rows(weight)).nonzero()
+        if len(lost):
+            raise RuntimeError(
+                f"lazy='ids' would throw away the gradient of row {int(lost[0]) + first_row(weight)} of the "
+                f"parameter of shape {tuple(weight.shape)}: no tracked embedding looked it up since the last "
+                "step. What else the weight is used for, a tied head or F.embedding, is not recorded, nor "
+                "what a model compiled before track_rows does, nor what processes do that average their "
+                "gradients without DistributedDataParallel (process_group=). lazy='grad' takes all of it"
+            )
+
+
 def _tracked(weight: Tensor) -> _Record:
     record: _Record | None = _LOOKED_UP.get(weight)
     if record is None:
@@ -140,10 +168,20 @@ def _record_of(weight: Tensor) -> _Record:
     return record
 
 
+def _active_parallel() -> Any:
+    """The DistributedDataParallel whose forward pass this is, if any."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    return nn.parallel.DistributedDataParallel._get_active_ddp_module()
+
+
 def _record(module: Any, args: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
     if not output.requires_grad:
         return
-    mask = _record_of(_SHARDED.get(module, module.weight)).mask
+    record = _record_of(_SHARDED.get(module, module.weight))
+    mask = record.mask
+    if not record.groups and (parallel := _active_parallel()) is not None:
+        record.groups = [parallel.process_group]
     padding = slice(0) if module.padding_idx is None else module.padding_idx
     before = mask[padding].clone()
     mask[(args[0] if args else named["input"]).detach().reshape(-1)] = True

@@ -234,17 +234,27 @@ struct Step {
   // The rows of the gradient that move.
   std::vector<int64_t> moving() const {
     const bool* mask = static_cast<const bool*>(t.rows);
-    std::vector<char> found(Rule::sought ? t.count : 0);
-    if (Rule::sought)
-      in_rows(t.count, [&](int64_t j, int64_t end) { rows_not_zero(t.g + j * t.width, t.width, end - j, &found[j]); });
     std::vector<int64_t> rows;
     constexpr int64_t EIGHT = 8;
     for (int64_t j = 0; j < t.count; j += EIGHT) {  // few of a mask's rows are chosen
       uint64_t some = 1;
       if (Rule::rows == MASKED && j + EIGHT <= t.count) std::memcpy(&some, mask + j, sizeof some);
       for (int64_t i = j; some && i < std::min(j + EIGHT, t.count); i++)
-        if ((Rule::rows != MASKED || mask[i]) && (!Rule::sought || found[i])) rows.push_back(i);
+        if (Rule::rows != MASKED || mask[i]) rows.push_back(i);
     }
+    if (!Rule::sought) return rows;
+    std::vector<char> found(rows.size());
+    in_rows(rows.size(), [&](int64_t k, int64_t end) {
+      if (Rule::rows != MASKED) return rows_not_zero(t.g + k * t.width, t.width, end - k, &found[k]);
+      for (; k < end; k++) {
+        if (k + 1 < end) fetch(INT64_MAX, t.g + rows[k + 1] * t.width - AHEAD);
+        found[k] = not_zero(t.g + rows[k] * t.width, t.width);
+      }
+    });
+    size_t moved = 0;
+    for (size_t k = 0; k < rows.size(); k++)
+      if (found[k]) rows[moved++] = rows[k];
+    rows.resize(moved);
     return rows;
   }
 

@@ -269,7 +269,8 @@ def step(
         if SHAPE.rows == "masked":
             moves &= tl.load(tl.load(line + _ROWS).to(tl.pointer_type(tl.int8)) + place) != 0
         if SHAPE.sought:
-            moves &= some_not_zero(line, g_start, n, SHAPE)
+            if moves:
+                moves = some_not_zero(line, g_start, n, SHAPE)
     else:
         start, g_start = place * SHAPE.block, place * SHAPE.block
         n = tl.minimum(size - start, SHAPE.block)

@@ -152,7 +152,7 @@ class _States(MutableMapping[Tensor, Any]):
 @contextmanager
 def _no_hooks_of_all_optimizers() -> Iterator[None]:
     """They have been called for the whole, and would be for each member again."""
-    hooks = (torchs._global_optimizer_pre_hooks, torchs._global_optimizer_post_hooks)
+    hooks: list[dict[int, Any]] = [torchs._global_optimizer_pre_hooks, torchs._global_optimizer_post_hooks]
     before = [dict(x) for x in hooks]
     for x in hooks:
         x.clear()
