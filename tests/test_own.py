@@ -541,7 +541,7 @@ def test_a_rule_may_write_at_some_steps_or_with_some_numbers_only() -> None:
 def test_numbers_may_be_given_by_their_place() -> None:
     (group,) = HeavyBall(parameters()[:1], 0.05, 0.5, lazy="grad").param_groups
     assert (group["lr"], group["beta"], group["lazy"]) == (0.05, 0.5, "grad")
-    assert str(inspect.signature(HeavyBall)) == "(params, lr=0.1, beta=0.9, **options)"
+    assert str(inspect.signature(HeavyBall)) == "(params, lr=0.01, beta=0.9, **options)"
     with pytest.raises(TypeError, match="too many positional arguments"):
         HeavyBall(parameters(), 0.05, 0.5, 0.1)
 
