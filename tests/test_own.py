@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import io
 import math
 import os
@@ -470,7 +471,7 @@ def explicit(p: Tensor, g: Tensor, *, lr: float) -> None:
         (outside, r"`p\.sub_\(g \* OUTSIDE, alpha=lr\)` takes 0\.5 from elsewhere"),
         (rooted, r"`p\.sub_\(g, alpha=math\.sqrt\(lr\)\)` would keep today's value"),
         (shaped, r"asks for dim: a kernel sees one entry"),
-        (early, r"`if step < 3:` chooses by what only a kernel knows"),
+        (early, r"`if step < 3:` chooses by the number of the step"),
         (powered, r"takes a power other than 2\.0, 0\.5, -0\.5"),
         (picked, r"`p\[\.\.\., :1\] = 0\.0` writes to some entries only"),
         (two_masks, "uses mul on two masks"),
@@ -512,6 +513,46 @@ def test_a_rule_needs_no_lr() -> None:
         optimizer(functools.partial(rateless, rate=0.1))
 
 
+def now_and_then(p: Tensor, g: Tensor, m: Tensor, *, step: float, lr: float) -> None:
+    m.add_(g / g.norm())
+    if step % 6 == 0:
+        p.sub_(m, alpha=lr)
+
+
+def branch_of_a_number(p: Tensor, g: Tensor, m: Tensor, *, lr: float, beta: float) -> None:
+    if beta:
+        m.mul_(beta).add_(g)
+        g = m
+    p.sub_(g, alpha=lr)
+
+
+def test_a_rule_may_write_at_some_steps_or_with_some_numbers_only() -> None:
+    p = nn.Parameter(torch.ones(4))
+    made = optimizer(now_and_then, buffers=MOMENTUM, lr=0.1)([p])
+    moved = []
+    for _ in range(6):
+        p.grad, before = torch.ones(4), p.detach().clone()
+        made.step()
+        moved.append(not torch.equal(p, before))
+    assert moved == [False] * 5 + [True]
+    optimizer(branch_of_a_number, buffers=MOMENTUM, lr=0.1, beta=0.0)
+
+
+def test_numbers_may_be_given_by_their_place() -> None:
+    (group,) = HeavyBall(parameters()[:1], 0.05, 0.5, lazy="grad").param_groups
+    assert (group["lr"], group["beta"], group["lazy"]) == (0.05, 0.5, "grad")
+    assert str(inspect.signature(HeavyBall)) == "(params, lr=0.01, beta=0.9, **options)"
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        HeavyBall(parameters(), 0.05, 0.5, 0.1)
+
+
+@pytest.mark.parametrize(("given", "meant"), [("lasy", "lazy"), ("wight_decay", "weight_decay")])
+def test_a_groups_option_that_is_misspelt(given: str, meant: str) -> None:
+    made = Lion([{"params": parameters(), "name": "all", "initial_lr": 0.1, "lr_scale": 2.0}])
+    with pytest.raises(TypeError, match=f"unknown option '{given}' of a group: .*'{meant}'"):
+        made.add_param_group({"params": [nn.Parameter(torch.ones(2))], given: "grad"})
+
+
 def test_choosing_by_a_tensors_values_is_an_error() -> None:
     with pytest.raises(
         TypeError, match=r"`if g\.abs\(\) > 1:` depends on a tensor's values; .* torch\.where"
@@ -542,11 +583,35 @@ def stepwise(p: Tensor, g: Tensor, *, step: float, lr: float) -> None:
     p.sub_(g * torch.where(step < 3, step / 3, 1.0), alpha=lr)  # type: ignore[call-overload]
 
 
+def forgetful(p: Tensor, g: Tensor, m: Tensor, *, lr: float, beta: float) -> None:
+    m = beta * m + g
+    p.sub_(m, alpha=lr)
+
+
+def idle_by_other_words(p: Tensor, g: Tensor, m: Tensor, *, lr: float, beta: float) -> None:
+    m.mul_(beta).add_(g / (g.norm() + 1e-8))
+    p = p - lr * m
+
+
+def branching_by_other_words(p: Tensor, g: Tensor, *, lr: float) -> None:
+    p.sub_(g if g.norm() > 1 else g * 2, alpha=lr)
+
+
+def misspelt(p: Tensor, g: Tensor, *, lr: float) -> None:
+    p.subb_(g, alpha=lr)  # type: ignore[operator]
+
+
 @pytest.mark.parametrize(
     ("rule", "given", "message"),
     [
+        (forgetful, dict(buffers=MOMENTUM, lr=0.1, beta=0.9), "forgetful never changes m: `m = …` makes"),
+        (idle_by_other_words, dict(buffers=MOMENTUM, lr=0.1, beta=0.9), "words never changes p: `p = …`"),
+        (branching_by_other_words, dict(lr=0.1), r"words: a rule depends on .* torch\.where, not by `if`"),
+        (misspelt, dict(lr=0.1), r"`p\.subb_\(g, alpha=lr\).*` uses subb_, which tensors have not"),
+        (stepwise, dict(lr=0.1, step=1.0), "stepwise gets it without a default"),
+        (heavy_ball, dict(buffers=MOMENTUM, lr=0.1, beta="sign"), "'rms' and 'row_rms', got 'sign'; for a"),
         (idle, dict(lr=0.1), "idle never changes p: `p = …` makes another tensor"),
-        (stepwise, dict(lr=0.1), "uses where on numbers, as step is one"),
+        (stepwise, dict(lr=0.1), "gives torch.where a number for a mask: choose by `if`"),
         (heavy_ball, dict(buffers="momentum", lr=0.1, beta=0.9), "buffers must be names in a tuple"),
         (
             heavy_ball,

@@ -8,7 +8,7 @@ take many Works at once.
 
 Four files are a step, and to be read in this order:
 
-    contract.py     what an optimizer says of its rule
+    contract.py     what an optimizer says of its rule (and exact.py: torch's own, two rough edges off)
     work.py         the look: Work, and how it is made
     optimizer.py    groups and options; a step looks first, then moves
     roads.py        the move: a tensor by itself, or a list of them (lists.py, for GPUs)
@@ -19,5 +19,6 @@ The others are asked only where a run needs them:
     rounding.py         bfloat16 at random              released.py     gradients freed within backward
     shards.py           parameters in pieces            fused.py, plan.py   minisign/kernels
 
-options.py and checks.py say what is refused, words.py what a rule may ask of a whole tensor.
+options.py and checks.py say what is refused, words.py what a rule may ask of a whole tensor, and tried.py
+finds out what a rule does by doing it.
 """

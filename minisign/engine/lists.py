@@ -14,6 +14,10 @@ from minisign.engine.words import Rule, rms
 FACTORS = ("alpha", "value")
 
 
+class DependsOnValues(TypeError):
+    """An ``if`` on a tensor."""
+
+
 class Tensors:
     """Tensors of one dtype and device; what is done to it is done to each.
 
@@ -89,7 +93,9 @@ class Tensors:
         return cls._each(partial(function, **(options or {})), *arguments)
 
     def __bool__(self) -> bool:
-        raise TypeError("a rule depends on a tensor's values; it may choose by torch.where, not by `if`")
+        raise DependsOnValues(
+            "a rule depends on a tensor's values; it may choose by torch.where, not by `if`"
+        )
 
 
 def as_list(x: Any) -> Any:

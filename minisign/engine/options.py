@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from typing import Any, TypeAlias, TypedDict
 
 import torch
@@ -95,6 +96,9 @@ def check_group(
     Raises:
         ValueError, TypeError: a bad value, named in the message.
     """
+    for name in group.keys() - {*numbers, *DEFAULTS}:  # others may have options of their own
+        if meant := get_close_matches(name, [*numbers, *DEFAULTS], n=1, cutoff=0.75):
+            raise TypeError(f"unknown option {name!r} of a group: it is called {meant[0]!r}")
     for name, bounds in numbers.items():
         if bounds is bool:
             check_bool(name, group[name])

@@ -29,25 +29,22 @@ _DTYPE = attrgetter("dtype")
 
 def apart(works: Iterable[Work]) -> None:
     """Each by itself."""
-    due: list[tuple[Any, ...]] = []
-    before, are_scalars = None, False
+    due, before, are_scalars = [], None, False
     for work in works:
         if work.numbers is not before:  # the same for all that have none of their own
             before, values = work.numbers, work.numbers.values()
             are_scalars = Tensor not in set(map(type, values)) and "row_rms" not in values
         p, tensors = work.p, (work.p, work.g, *work.buffers)
-        if are_scalars and p.is_cpu and p.dtype in WIDE and len(set(map(_DTYPE, tensors))) == 1:
-            due.append((tensors, work.rule, work.numbers, work.guard))
-        else:
-            due.append((work, None, None, None))
+        is_usual = are_scalars and p.is_cpu and p.dtype in WIDE and len(set(map(_DTYPE, tensors))) == 1
+        due.append((work, tensors if is_usual else ()))
     # As ``one`` does it, and nothing else: tensors push what Python needs out of the cache.
-    for tensors, rule, numbers, guard in due:
-        if rule is None:
-            one(tensors)
-        elif guard is None or all_finite(*tensors[1:]):
-            rule(*tensors, **numbers)
+    for work, tensors in due:
+        if not tensors:
+            one(work)
+        elif work.guard is None or all_finite(*tensors[1:]):  # who has a guard has one buffer (halves.py)
+            work.rule(*tensors, **work.numbers)
         else:
-            tensors[0].copy_(guard.shrunk(tensors[0]))
+            work.p.copy_(work.guard.shrunk(work.p))
 
 
 def one(work: Work, index: Tensor | None = None) -> None:

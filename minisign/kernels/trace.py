@@ -110,6 +110,8 @@ class Tracer(fx.proxy.TracerBase):
             return self._rms(*args)
         if word in SHAPES:
             raise Untraceable(f"{here()} asks for {word}: a kernel sees one entry")
+        if kind == "call_method" and not hasattr(torch.Tensor, name):
+            raise Forbidden(f"{here()} uses {name}, which tensors have not")
         target = args[0]
         if kind == "call_method" and word in ("where", "masked_fill"):  # this order is the method's
             x, mask, other = args
@@ -129,7 +131,8 @@ class Tracer(fx.proxy.TracerBase):
             return bool(proxy.node.value)
         if proxy.node.is_scalar:
             raise Untraceable(
-                f"{here()} chooses by what only a kernel knows (its step, an RMS); a schedule belongs in lr"
+                f"{here()} chooses by the number of the step, or an RMS, which a kernel learns while it "
+                "runs: without fused=True this works; a schedule can be one of lr"
             )
         raise Forbidden(
             f"{here()} depends on a tensor's values; a rule may choose by torch.where, not by `if`"
@@ -182,6 +185,8 @@ class Tracer(fx.proxy.TracerBase):
             inspect.signature(TEXTS[word]).bind(*nodes, **options)
         except TypeError as error:
             raise Untraceable(f"{place} uses {word} otherwise than the kernels know: {error}") from None
+        if word == "where" and (isinstance(nodes[0], Number) or nodes[0].is_scalar):
+            raise Forbidden(f"{place} gives torch.where a number for a mask: choose by `if`")
         if target is g:
             raise Forbidden(f"{place} changes the gradient, which a rule must leave as it is")
         used = [x for x in (*nodes, *options.values()) if isinstance(x, Variable)]
@@ -252,7 +257,7 @@ def trace(
     known = {name: Value(x, made) for name, x in made.scalars.items()}  # type: ignore[arg-type]
     try:
         rule(*(Value(x, made) for x in made.inputs), **given, **known)  # type: ignore[arg-type]
-    except (Untraceable, Forbidden):
+    except (Untraceable, Forbidden, NameError):
         raise
     except Exception as error:  # whatever it does that a stand-in cannot do
         frames = traceback.extract_tb(error.__traceback__)

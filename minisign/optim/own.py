@@ -7,15 +7,17 @@ from collections.abc import Mapping
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from minisign.engine.lists import Tensors, on_lists
+from minisign.engine.lists import DependsOnValues, Tensors, on_lists
 from minisign.engine.optimizer import Optimizer, Params
 from minisign.engine.options import BETA, FROM_0, defaults
 from minisign.engine.words import WORDS, Rule
 from minisign.kernels.nodes import DOUBLE
 from minisign.kernels.trace import Untraceable, trace
 
+STEPS_TRIED = 20  # more than any rule that moves the weights only now and then will wait
 # Names that are something else.
 IN_A_STATE = {"step", "taken", "taken_rows"}
 TAKEN = {*defaults({}, {}), "params", "betas"}
@@ -52,20 +54,24 @@ def optimizer(
     try:
         made, is_traceable = trace(rule, floats, {"step": DOUBLE} if "step" in named else {}), True
         asks = frozenset(WORDS) & made.scalars.keys() - set(numbers.values())
-        p = made.inputs[0]
-        if not any(line.out is p for line in made.lines):
-            raise TypeError(
-                f"{rule.__name__} never changes {p.name}: `{p.name} = …` makes another tensor, only a word "
-                "that ends in an underscore writes to it"
-            )
+        p, _, *others = made.inputs
+        written = {line.out for line in made.lines}
+        for x in [p] if made.conditions else [p, *others]:  # with other numbers it may write to others
+            if x not in written:
+                raise _never_changes(rule, x.name)
         if "row_rms" in asks:
             rule = on_lists(rule)
     except Untraceable:  # fused=True will say which line; the plain road can do all that tensors can
+        _check_tried(rule, len(buffers), floats, has_step="step" in named)
         rule, is_traceable = _watched(rule), False
 
-    def init(self: Optimizer, params: Params, **given: Any) -> None:
-        own = {key: given.pop(key, default) for key, default in numbers.items()}
-        Optimizer.__init__(self, params, own, given)  # type: ignore[arg-type]
+    def init(self: Optimizer, params: Params, *values: Any, **given: Any) -> None:
+        bound = signature.bind(self, params, *values, **given).arguments
+        own = {key: bound.get(key, default) for key, default in numbers.items()}
+        Optimizer.__init__(self, params, own, bound.get("options", {}))
+
+    signature = _signature(numbers)
+    init.__signature__ = signature  # type: ignore[attr-defined]
 
     known: dict[str, Any] = {"lr": FROM_0} | {x: BETA for x in numbers if x.startswith("beta")}
     known |= {key: bool for key, x in numbers.items() if isinstance(x, bool)}
@@ -92,6 +98,13 @@ def _check_arguments(
         raise TypeError(f"every optimizer has {reserved[0]}: call the number of {rule.__name__} otherwise")
     if unknown := sorted(set(bounds) - set(numbers)):
         raise TypeError(f"bounds of {unknown[0]}, which is none of {', '.join(numbers)}")
+    if "step" in numbers:
+        raise TypeError(f"step is the number of the step: {rule.__name__} gets it without a default")
+    if words := [x for x in numbers.values() if isinstance(x, str) and x not in WORDS]:
+        raise TypeError(
+            f"words among the numbers are those of minisign.rms, {' and '.join(map(repr, WORDS))}, got "
+            f"{words[0]!r}; for a choice take True or False"
+        )
     parameters = inspect.signature(rule).parameters.values()
     tensors = [x.name for x in parameters if x.kind in (x.POSITIONAL_ONLY, x.POSITIONAL_OR_KEYWORD)]
     named = {x.name for x in parameters if x.kind is x.KEYWORD_ONLY}
@@ -107,6 +120,35 @@ def _check_arguments(
             else f"{rule.__name__} takes {wrong}: give its default as optimizer(…, {wrong}=…)"
         )  # fmt: skip
     return named
+
+
+def _signature(numbers: Mapping[str, Any]) -> inspect.Signature:
+    """(self, params, lr=…, …, **options)."""
+    place = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    given = [inspect.Parameter(x, place) for x in ("self", "params")]
+    given += [inspect.Parameter(x, place, default=default) for x, default in numbers.items()]
+    return inspect.Signature([*given, inspect.Parameter("options", inspect.Parameter.VAR_KEYWORD)])
+
+
+def _never_changes(rule: Rule, name: str) -> TypeError:
+    return TypeError(
+        f"{rule.__name__} never changes {name}: `{name} = …` makes another tensor, only a word that ends "
+        "in an underscore writes to it"
+    )
+
+
+def _check_tried(rule: Rule, buffers: int, numbers: Mapping[str, Any], has_step: bool) -> None:
+    """What can be said of a rule that was not traced to its end: by steps on small tensors."""
+    p, *others = (Tensors([torch.ones(2, 2)]) for _ in range(2 + buffers))
+    try:
+        for step in range(1, STEPS_TRIED + 1):
+            rule(p, *others, **numbers, **({"step": float(step)} if has_step else {}))
+    except DependsOnValues as error:
+        raise TypeError(f"{rule.__name__}: {error}") from error
+    except Exception:  # it may need what these tensors are not; the first step will tell
+        return
+    if p.tensors[0]._version == 0:
+        raise _never_changes(rule, next(iter(inspect.signature(rule).parameters)))
 
 
 def _watched(rule: Rule) -> Rule:
