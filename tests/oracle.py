@@ -22,7 +22,7 @@ def rms(x: Array, axes: tuple[int, ...] | None = None) -> Array:
 
 
 class Oracle:
-    """One parameter array and its history. ``step(g, rows)`` takes a gradient and, for lazy ids, rows."""
+    """One parameter array and its history. ``step(g)`` takes a gradient."""
 
     def __init__(self, name: str, theta: Array, **options: Any) -> None:
         self.name, self.o = name, options
@@ -34,7 +34,7 @@ class Oracle:
         # Entries whose sign hung on rounding at some step; in float32 they are counted apart.
         self.doubtful = np.zeros(self.theta.shape, dtype=bool)
 
-    def step(self, g: Array, rows: Array | None = None) -> None:
+    def step(self, g: Array) -> None:
         g = np.array(g, dtype=np.float64)
         if self.o.get("maximize"):
             g = -g
@@ -43,11 +43,7 @@ class Oracle:
         acting = None
         if lazy:
             acting = np.zeros(len(g), dtype=bool)
-            if lazy == "grad":
-                acting[[i for i in range(len(g)) if (g[i] != 0).any()]] = True
-            else:
-                acting[rows] = True
-                g[~acting] = 0.0  # rows that were not recorded have no say
+            acting[[i for i in range(len(g)) if (g[i] != 0).any()]] = True
         getattr(self, self.name)(g, acting)
         if lazy:
             last = self.name != "tiger" or (self.t + 1) % self.o["accumulate"] == 0

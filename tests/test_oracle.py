@@ -136,8 +136,10 @@ def test_lazy(name: str, cls: Any, options: Any, lazy: str, dtype: torch.dtype, 
     for g in gradients((7, 5), 4):
         rows = random.choice(7, 3, replace=False)
         embedding(torch.from_numpy(rows))
+        if lazy == "ids":  # of rows that were looked up, some have a gradient of zero
+            g[np.setdiff1d(np.arange(7), rows)] = 0.0
         p.grad = torch.tensor(g, dtype=dtype)
-        oracle.step(p.grad.double().numpy(), rows)
+        oracle.step(p.grad.double().numpy())
         optimizer.step()
         compare(p, oracle)
         m = optimizer.state[p][cls.buffers[0]].double().numpy()

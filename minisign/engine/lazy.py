@@ -1,7 +1,7 @@
 """A lazy step: rows that take part move as the rule says, the others keep their bits.
 
-Which take part: those whose gradient is not all zero. A sparse gradient lists its rows, and where it is known
-which were looked up (rows.py), the others need not be read.
+Which take part: those whose gradient is not all zero. A sparse gradient lists some, and where it is known
+which were looked up (rows.py), the others are not read.
 """
 
 from __future__ import annotations
@@ -60,8 +60,9 @@ def sparse_rows(g: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def nonzero_rows(g: Tensor) -> Tensor:
-    """Indices of the rows of ``g`` [V, ...] with an entry that is not zero (NaN is not zero)."""
-    return g.ne(0).flatten(1).any(1).nonzero().squeeze(1)
+    """Indices of the rows of ``g`` [V, …] with an entry that is not zero (NaN is not zero)."""
+    found = g.ne(0)
+    return (found.flatten(1).any(1) if g.dim() > 1 else found).nonzero().squeeze(1)
 
 
 def rows_of_cycle(

@@ -18,7 +18,7 @@ from minisign.engine.checks import (
     check_rate,
     check_whole,
 )
-from minisign.engine.shards import check_rows, is_sharded, local
+from minisign.engine.shards import check_rows, is_made_by_zero, is_sharded, local
 from minisign.engine.words import WORDS, Group
 
 # Of a number, [low, below); None: any. bool: it is True or False.
@@ -120,6 +120,11 @@ def check_group(
         raise ValueError(
             "stochastic_rounding=True with capturable=True needs fused=True: only a kernel draws anew "
             "each time a CUDA graph runs"
+        )
+    if group["lazy"] == "ids" and is_made_by_zero():
+        raise ValueError(
+            "lazy='ids' is not for ZeroRedundancyOptimizer: processes would have to unite their rows at a "
+            "step that each of them makes on other parameters; take lazy='grad'"
         )
     names = group.get("param_names") or ["a parameter"] * len(group["params"])
     for name, p in zip(names, group["params"], strict=True):

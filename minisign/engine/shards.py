@@ -6,7 +6,9 @@ asked for (is its gradient finite, how large are its weights) is added up over t
 
 from __future__ import annotations
 
+import inspect
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,6 +44,16 @@ def check_rows(name: str, p: Any) -> None:
                 f"{name} of shape {tuple(p.shape)} is placed as {tuple(p.placements)}: sharded parameters "
                 "must be cut between rows (Shard(0)), once, as fully_shard does"
             )
+
+
+def is_made_by_zero() -> bool:
+    """Whether an optimizer is being made for the part of the parameters that torch's
+    ZeroRedundancyOptimizer gives to this process."""
+    zero = getattr(sys.modules.get("torch.distributed.optim"), "ZeroRedundancyOptimizer", ())
+    frame = inspect.currentframe()
+    while frame is not None and not isinstance(frame.f_locals.get("self"), zero):
+        frame = frame.f_back
+    return frame is not None
 
 
 def first_row(p: Any) -> int:

@@ -268,7 +268,7 @@ def step(
             start = n * tl.load(tl.load(line + _ROWS).to(tl.pointer_type(tl.int64)) + place)
         if SHAPE.rows == "masked":
             moves &= tl.load(tl.load(line + _ROWS).to(tl.pointer_type(tl.int8)) + place) != 0
-        if SHAPE.sought:
+        if SHAPE.sought:  # noqa: SIM102 (the one when it is compiled, the other when it runs)
             if moves:
                 moves = some_not_zero(line, g_start, n, SHAPE)
     else:

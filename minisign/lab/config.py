@@ -121,6 +121,11 @@ class Config:
             raise TypeError(f"text must be a tuple of file names, got {self.text!r}")
         if self.optimizer == "sgd" and self.lazy and self.embedding_optimizer is None:
             raise ValueError(f"lazy {self.lazy!r} is not for sgd: torch.optim.SGD has no lazy rows")
+        if self.tie != "none" and self.lazy == "ids":
+            raise ValueError(
+                f"lazy 'ids' is not for tie {self.tie!r}: the output layer has a gradient for every row of "
+                "a tied matrix, looked up or not, and would lose it"
+            )
         if self.embedding_scale is not None and (
             self.optimizer != "tiger" or self.embedding_optimizer is not None
         ):

@@ -57,8 +57,8 @@ class Hybrid(ExactOptimizer):
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         return [group for o in self.optimizers for group in o.param_groups]
 
-    @property
-    def state(self) -> MutableMapping[Tensor, Any]:  # type: ignore[override]
+    @property  # type: ignore[override]
+    def state(self) -> MutableMapping[Tensor, Any]:
         return _States(self.optimizers)
 
     @state.setter
