@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from minisign import Tiger, param_groups
+from minisign import Signum, Tiger, param_groups
+from minisign.doctor.guard import SpikeGuard
 from minisign.lab.jitter import jittered
 from minisign.probes.memory import PeakMemory
 
@@ -209,3 +212,123 @@ def test_peak_memory(fused: bool) -> None:
         peaks[release] = memory.peak
     assert abs(peaks[True] / (2 * total + largest) - 1) < 0.05
     assert peaks[False] > 2.9 * total
+
+
+# --- who takes them -------------------------------------------------------------------------------
+
+
+def ones(count: int = 1) -> list[nn.Parameter]:
+    return [nn.Parameter(torch.ones(2, 2)) for _ in range(count)]
+
+
+def base(params: Any, **options: Any) -> Tiger:
+    return Tiger(params, lr=0.1, scale=1.0, weight_decay=0.0, release_grads=True, **options)
+
+
+def test_the_optimizer_that_was_made_last_trains() -> None:
+    """As when the cell of a notebook that makes it is run again."""
+    (p,) = ones()
+    old, new = base([p]), base([p])
+    p.sum().backward()
+    assert p.grad is None
+    with pytest.raises(RuntimeError, match=r"shape \(2, 2\) go to another Tiger, which was made later"):
+        old.step()
+    new.step()
+    assert (p == 0.9).all()
+    del new
+    gc.collect()
+    p.sum().backward()
+    assert p.grad is not None  # nobody's
+    old.step()
+    assert (p < 0.9).all()
+
+
+def test_what_was_frozen_is_released_once_it_is_not() -> None:
+    p, q = ones(2)
+    q.requires_grad_(False)
+    made = base([p, q])
+    (p.sum() + q.sum()).backward()
+    made.step()
+    q.requires_grad_(True)
+    for t in range(3):
+        (p.sum() + q.sum()).backward()
+        assert (q.grad is None) == (t > 0)
+        made.step()
+    assert torch.allclose(q, torch.full_like(q, 0.7))
+
+
+@pytest.mark.parametrize("change", ["taken out", "reversed", "moved"])
+def test_gradients_follow_their_group(change: str) -> None:
+    results = []
+    for release in (False, True):
+        p, q = ones(2)
+        made = Signum([{"params": [p], "beta": 0.0}, {"params": [q], "beta": 0.9}], release_grads=release)
+        (p.sum() + q.sum()).backward()
+        made.step()
+        made.zero_grad()
+        if change == "taken out":
+            made.param_groups.pop(0)
+        elif change == "reversed":
+            made.param_groups.reverse()
+        else:
+            made.param_groups[0]["params"].append(made.param_groups[1]["params"].pop())
+        (3 * p.sum() + 3 * q.sum()).backward()
+        assert (q.grad is None) == release
+        made.step()
+        results.append([made.state[q]["momentum"], made.state[p]["momentum"], p.detach(), q.detach()])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("how", ["load", "copy", "pickle"])
+def test_what_is_known_of_a_gradient_goes_where_the_state_goes(how: str) -> None:
+    (p,) = ones()
+    made = base([p])
+    p.sum().backward()
+    made.step()
+    saved, before = copy.deepcopy(made.state_dict()), p.detach().clone()
+    (p.sum() * torch.nan).backward()
+    if how == "load":  # a roll back: the bad gradient is forgotten
+        made.load_state_dict(saved)
+        p.sum().backward()
+        made.step()
+        assert torch.allclose(p, before - 0.1)
+        return
+    copied = copy.deepcopy((p, made)) if how == "copy" else pickle.loads(pickle.dumps((p, made)))
+    for x, own in ((p, made), copied):
+        own.step()
+        assert torch.allclose(x, 0.99 * before)
+        x.sum().backward()
+        assert x.grad is None
+
+
+def test_between_steps_a_state_has_nothing_of_it() -> None:
+    (p,) = ones()
+    made = base([p])
+    p.sum().backward()
+    assert made.state[p]["bad"] is False
+    made.step()
+    assert "bad" not in made.state[p]
+
+
+def test_an_error_within_backward_loses_no_gradient() -> None:
+    (p,) = ones()
+    made = base([("table", p)], beta=0.5)
+    p.sum().backward()
+    made.step()
+    made.state[p]["momentum"] = torch.ones(5)
+    with pytest.raises(ValueError, match=r"table has shape \(2, 2\), and its momentum shape \(5,\)"):
+        p.sum().backward()
+    assert torch.equal(p.grad, torch.ones(2, 2))  # type: ignore[arg-type]
+    made.state[p]["momentum"] = torch.full((2, 2), 0.5)
+    made.step()
+    assert (made.state[p]["momentum"] == 0.75).all()
+
+
+@pytest.mark.parametrize("action", ["skip", "back", "slow"])
+def test_a_guard_comes_too_late(action: str, tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    for name in ("on_loss", "on_ratio"):
+        with pytest.raises(ValueError, match=f"{name}='{action}' is not for release_grads=True"):
+            SpikeGuard(model, base(model.parameters()), folder=tmp_path, **{name: action})
+    SpikeGuard(model, base(model.parameters()))

@@ -79,7 +79,8 @@ class SpikeGuard:
 
     Raises:
         ValueError, TypeError: a bad value, named; ``"back"`` without a folder; a folder that cannot be
-            written.
+            written; more than ``"warn"`` where ``release_grads`` has the momentum take gradients before the
+            guard is asked.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class SpikeGuard:
         also: Mapping[str, Any] | None = None,
     ) -> None:
         _check(on_loss, on_ratio, ratio_limit, folder)
+        _check_released(optimizer, on_loss=on_loss, on_ratio=on_ratio)
         check_counts(entries=entries, patience=patience)
         self.optimizer, self.on_loss, self.on_ratio = optimizer, on_loss, on_ratio
         self.losses, self.ratio_limit = UsualLosses(window, loss_limit), ratio_limit
@@ -254,3 +256,13 @@ def _check(
             raise ValueError(f"{name}='back' needs a folder for its checkpoints")
     if not 0 < ratio_limit <= 1:
         raise ValueError(f"ratio_limit must be in (0, 1], got {ratio_limit}")
+
+
+def _check_released(optimizer: torch.optim.Optimizer, **actions: str | None) -> None:
+    if any(group.get("release_grads") for group in optimizer.param_groups):
+        for name, action in actions.items():
+            if action not in (None, "warn"):
+                raise ValueError(
+                    f"{name}={action!r} is not for release_grads=True: when the guard is asked, the batch "
+                    "is in the momentum; take 'warn', or an optimizer without release_grads"
+                )

@@ -138,8 +138,8 @@ class Optimizer(RuleOptimizer):
                 group.setdefault(name, default)
         for group, own in zip(self.param_groups, before, strict=False):
             group.update({name: own[name] for name in HOW if name in own})
-        for number in range(len(self.param_groups)):
-            released.hook(self, number)
+        for group in self.param_groups:
+            released.hook(self, group)
 
     def add_param_group(self, param_group: Group) -> None:
         if isinstance(param_group, dict) and self.param_groups:  # in step with the others
@@ -153,7 +153,7 @@ class Optimizer(RuleOptimizer):
         except (TypeError, ValueError, RuntimeError):
             self.param_groups.pop()
             raise
-        released.hook(self, len(self.param_groups) - 1)
+        released.hook(self, group)
 
     def _why_not_linear(self, group: Group) -> str:
         numbers = numbers_of(self, group) | ({"step": 1.0} if self.has_step else {})

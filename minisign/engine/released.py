@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from minisign.engine import roads, work
 from minisign.engine.contract import RuleOptimizer
@@ -20,34 +21,59 @@ from minisign.engine.tried import keep_and_weight
 from minisign.engine.words import Group
 from minisign.engine.work import Work, new_state, numbers_of
 
+# Who takes a parameter's gradients. Weak: a model that outlives its optimizer keeps them.
+_OWNERS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-def hook(optimizer: RuleOptimizer, number: int) -> None:
-    """Has autograd hand over the gradients of a group as soon as they are there."""
-    group, hooked = optimizer.param_groups[number], optimizer.cache("hooked")
-    # Not the optimizer itself: a model that outlives it must keep its gradients.
-    this = weakref.ref(optimizer)
 
-    def take_in(p: Tensor) -> None:
-        found = this()
-        if found is not None and (own := found.param_groups[number])["release_grads"]:
-            with torch.no_grad():
-                _take_in(found, p, own)
-
+def hook(optimizer: RuleOptimizer, group: Group, anew: bool = True) -> None:
+    """Has autograd hand over the gradients of a group as soon as they are there; ``anew``, also those that
+    another optimizer has had so far."""
+    if not group["release_grads"]:
+        return
     for p in group["params"]:
-        if group["release_grads"] and p.requires_grad and p not in hooked:
-            hooked[p] = p.register_post_accumulate_grad_hook(take_in)
+        if p.requires_grad and (anew or p not in _OWNERS):
+            if p not in _OWNERS:
+                p.register_post_accumulate_grad_hook(_hand_over)
+            _OWNERS[p] = weakref.ref(optimizer)
+
+
+def _hand_over(p: Tensor) -> None:
+    optimizer = _OWNERS[p]()
+    group = None if optimizer is None else _group_of(optimizer, p)
+    if group is not None and group["release_grads"]:
+        with torch.no_grad():
+            _take_in(optimizer, p, group)
+
+
+def _group_of(optimizer: RuleOptimizer, p: Tensor) -> Group | None:
+    places, groups = optimizer.cache("groups"), optimizer.param_groups
+    group, i = places.get(id(p), ({"params": []}, 0))
+    if i < len(group["params"]) and group["params"][i] is p and any(group is x for x in groups):
+        return group
+    places.clear()  # groups came, went, or were loaded
+    places.update({id(q): (x, i) for x in groups for i, q in enumerate(x["params"])})
+    return places.get(id(p), (None, 0))[0]
 
 
 def look(optimizer: RuleOptimizer, group: Group) -> list[Work]:
-    """The work that is left for a step: θ moves by m, or shrinks where a gradient was not finite."""
+    """The work that is left for a step: θ moves by m, or shrinks where a gradient was not finite.
+
+    Raises:
+        RuntimeError: another optimizer, made later, has the gradients.
+    """
+    hook(optimizer, group, anew=False)  # what was frozen before
     for p in group["params"]:
+        if p in _OWNERS and _OWNERS[p]() not in (optimizer, None):
+            raise RuntimeError(
+                f"release_grads=True: the gradients of a parameter of shape {tuple(p.shape)} go to another "
+                f"{type(_OWNERS[p]()).__name__}, which was made later; step with that one, or delete it"
+            )
         _take_in(optimizer, p, group)  # a gradient that did not come by way of backward
-    bad = optimizer.cache("bad")
-    flags = {p: bad.get(p, []) for p in group["params"] if optimizer.state.get(p)}
-    is_bad = dict(zip(flags, _any_of_each(list(flags.values())), strict=True))
-    last = is_last(group)
+    last, states = is_last(group), optimizer.state
+    flags = {p: states[p].get("bad", False) for p in group["params"] if states.get(p)}
+    is_bad = dict(zip(flags, _on_host(list(flags.values())), strict=True))
     # p in place of a gradient that is gone, and not read
-    due = [(p, p.detach()) for p in flags if is_bad[p] or (last and optimizer.state[p].get("taken"))]
+    due = [(p, p.detach()) for p in flags if is_bad[p] or (last and states[p].get("taken"))]
     # A whole step, of which the first half is done.
     works = work.look(optimizer, {**group, "accumulate": 1}, due)
     taken = 0 if last else None
@@ -61,33 +87,45 @@ def look(optimizer: RuleOptimizer, group: Group) -> list[Work]:
 
 def forget(optimizer: RuleOptimizer, group: Group, works: Sequence[Work]) -> None:
     """What was known of the gradients of a step that is made, of which these works are."""
-    moved, bad = {id(work.parameter) for work in works}, optimizer.cache("bad")
+    moved = {id(work.parameter) for work in works}
     for p in group["params"]:
+        state = optimizer.state.get(p, {})
         # Noise counts micro-batches that do not move θ as well.
-        if bad.pop(p, None) and group["stochastic_rounding"] and id(p) not in moved:
-            work.counter(optimizer, p, optimizer.state[p], group).add_(1)
+        if state.pop("bad", None) is not None and group["stochastic_rounding"] and id(p) not in moved:
+            work.counter(optimizer, p, state, group).add_(1)
 
 
 def _take_in(optimizer: RuleOptimizer, p: Tensor, group: Group) -> None:
     """m takes the gradient of ``p``, which is freed."""
-    g, p.grad = p.grad, None
+    g = p.grad
     if g is None:
         return
     if g.layout != torch.strided:
-        p.grad = g
         raise RuntimeError(
             f"release_grads=True takes dense gradients, got layout {g.layout} for a parameter of shape "
             f'{tuple(p.shape)}; give its group "release_grads": False'
         )
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and _processes() > 1:
+        raise RuntimeError(
+            "release_grads=True is for one process: of several, each would take its own gradient before it "
+            "is averaged, and their weights would part"
+        )
     state = optimizer.state[p] or new_state(optimizer, p, group)
+    (m,) = (state[name] for name in optimizer.buffers)
+    if m.shape != p.shape:
+        raise work.wrong(group, p, m, state)
     keep, weight = keep_and_weight(optimizer.rule, numbers_of(optimizer, group))
     keep = 1.0 if state.get("taken") else keep
-    state["taken"] = state.get("taken", 0) + 1
-    (m,) = (state[name] for name in optimizer.buffers)
+    p.grad = None
     g = -g if group["maximize"] else g
     bad = take_and_free(m, g, keep, weight / group["accumulate"], group["shrink"] is not None)
-    # θ shrinks in step(): here it may still be in use.
-    optimizer.cache("bad").setdefault(p, []).append(bad)
+    state["taken"] = state.get("taken", 0) + 1
+    # θ shrinks in step(): here it may still be in use. Part of the state, which is loaded and copied.
+    state["bad"] = bad | state.get("bad", False)
+
+
+def _processes() -> int:
+    return torch.distributed.get_world_size()
 
 
 def take_and_free(m: Tensor, g: Tensor, keep: float, weight: float, check: bool) -> bool | Tensor:
@@ -114,9 +152,8 @@ def take_and_free(m: Tensor, g: Tensor, keep: float, weight: float, check: bool)
     return bad
 
 
-def _any_of_each(flags: list[list[bool | Tensor]]) -> list[bool]:
-    """Whether there is one true in each list; waits for a device once."""
-    tensors = [flag for found in flags for flag in found if isinstance(flag, Tensor)]
+def _on_host(flags: Sequence[bool | Tensor]) -> list[bool]:
+    """Waits for a device once."""
+    tensors = [x for x in flags if isinstance(x, Tensor)]
     seen = iter(torch.stack([x.to(tensors[0].device) for x in tensors]).tolist() if tensors else [])
-    known = [[next(seen) if isinstance(flag, Tensor) else flag for flag in found] for found in flags]
-    return [any(found) for found in known]
+    return [bool(next(seen)) if isinstance(x, Tensor) else x for x in flags]

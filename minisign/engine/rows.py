@@ -139,9 +139,9 @@ def check_rows(weights: Iterable[Tensor]) -> None:
             raise RuntimeError(
                 f"lazy='ids' would throw away the gradient of row {int(lost[0]) + first_row(weight)} of a "
                 f"parameter of shape {tuple(weight.shape)}: no tracked embedding looked it up since the "
-                "last step. What else the weight is used for, a tied head or F.embedding, is not recorded, nor "
-                "what a model compiled before track_rows does, nor what processes do that average their "
-                "gradients without DistributedDataParallel (process_group=). lazy='grad' takes all of it"
+                "last step. What else the weight is used for, a tied head or F.embedding, is not recorded, "
+                "nor what a model compiled before track_rows does, nor what other processes look up that "
+                "average gradients without DistributedDataParallel (process_group=). lazy='grad' takes all"
             )
 
 

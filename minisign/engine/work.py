@@ -65,20 +65,20 @@ def look(
     works = []
     if given is None:
         given = list(zip(params, map(_GRADIENT, params), strict=True))
-    for i, (p, g) in enumerate(given):
+    for p, g in given:
         if g is None and group["accumulate"] > 1:
             g = _missing(optimizer, p, group)
         if g is None:
             continue
         if g.layout != torch.strided:
-            _check_sparse(_called(group, i), p, g)
+            _check_sparse(_called(group, p), p, g)
         if asks_whole and (sharded or group["lazy"] or g.layout != torch.strided):
             _check_goes_by_rows(optimizer, numbers)
         state = optimizer.state[p] or new_state(optimizer, p, group)
         buffers, shape = [state[name] for name in names], p.shape
         for x in (g, *buffers):
             if x.shape != shape:
-                raise _wrong(group, i, p, x, state)
+                raise wrong(group, p, x, state)
         piece, mine = p, numbers
         if sharded:
             piece, g, *buffers = map(local, (p, g, *buffers))
@@ -86,7 +86,7 @@ def look(
             mine = mine | {name: sizes[p] for name, y in numbers.items() if y == "rms" and p in sizes}
         for x in buffers:
             if OVERLAP(x) == OVERLAPS:
-                raise _wrong(group, i, p, x, state)
+                raise wrong(group, p, x, state)
         if optimizer.per_tensor and (own := optimizer.own_numbers(p, group)):
             mine = mine | own
         rule, noise, taken = optimizer.rule, None, None
@@ -180,14 +180,16 @@ def _check_sparse(called: str, p: Tensor, g: Tensor) -> None:
             )
 
 
-def _called(group: Group, i: int) -> str:
+def _called(group: Group, p: Tensor) -> str:
+    i = [id(q) for q in group["params"]].index(id(p))
     return group["param_names"][i] if "param_names" in group else f"parameter {i} of its group"
 
 
-def _wrong(group: Group, i: int, p: Tensor, x: Tensor, state: Mapping[str, Any]) -> ValueError:
+def wrong(group: Group, p: Tensor, x: Tensor, state: Mapping[str, Any]) -> ValueError:
+    """``x``, its gradient or of its state, is not of the parameter's shape, or shares memory within it."""
     name = next((name for name, b in state.items() if local(b) is local(x)), "gradient")
     return ValueError(
-        f"{_called(group, i)} has shape {tuple(p.shape)}, and its {name} shape {tuple(x.shape)}, strides "
+        f"{_called(group, p)} has shape {tuple(p.shape)}, and its {name} shape {tuple(x.shape)}, strides "
         f"{x.stride()}: a checkpoint of another model or order of parameters, or a parameter that was "
         "replaced after a step; make the optimizer anew, or take the parameter's entry out of its state"
     )

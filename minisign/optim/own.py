@@ -19,7 +19,7 @@ from minisign.kernels.trace import Untraceable, trace
 
 STEPS_TRIED = 20  # more than any rule that moves the weights only now and then will wait
 # Names that are something else.
-IN_A_STATE = {"step", "taken", "taken_rows"}
+IN_A_STATE = {"step", "taken", "taken_rows", "bad"}
 TAKEN = {*defaults({}, {}), "params", "betas"}
 
 
