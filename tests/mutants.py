@@ -38,6 +38,7 @@ INSPECT, WATCH = "tests/test_inspect.py::", "tests/test_watch.py::"
 RELIABILITY, PARALLEL = "tests/test_reliability.py::", "tests/test_parallel.py::"
 UPDATES, GUARD = "tests/test_updates.py::", "tests/test_guard.py::"
 JITTER, PROCESSES = "tests/test_jitter.py::", "tests/test_processes.py::"
+ROWS = "tests/test_rows.py::"
 POINTERS = "tests/test_pointers.py::"
 RECORDER = "tests/test_claims_recorder.py::"
 
@@ -93,8 +94,8 @@ MUTANTS = (
     Mutant(
         "lazy that updates all rows",
         "minisign/engine/lazy.py",
-        'rows = take_rows(p) if group["lazy"] == "ids" else nonzero_rows(g)',
-        "rows = torch.arange(len(p))",
+        "    found = g.ne(0)\n",
+        "    found = torch.ones_like(g, dtype=torch.bool)\n",
         OPTIM + "test_absent_rows_keep_every_bit",
         "05_fix_lazy",
     ),
@@ -113,6 +114,41 @@ MUTANTS = (
         "    return g._indices()[0].contiguous(), g._values()\n",
         OPTIM + "test_sparse_duplicates_are_added_before_the_sign",
         "05_fix_lazy",
+    ),
+    Mutant(
+        "a gradient from elsewhere thrown away",
+        "minisign/engine/rows.py",
+        "        if len(lost):\n",
+        "        if False:\n",
+        ROWS + "test_a_gradient_from_elsewhere_is_not_thrown_away",
+    ),
+    Mutant(
+        "a token's parts added up in bfloat16",
+        "minisign/engine/lazy.py",
+        "        g = g.float()\n",
+        "        pass\n",
+        ROWS + "test_duplicates_of_a_narrow_type_are_added_up_before_they_are_rounded",
+    ),
+    Mutant(
+        "rows of one replica only",
+        "minisign/engine/rows.py",
+        "        record.groups = [parallel.process_group]\n",
+        "        pass\n",
+        ROWS + "test_replicas_stay_one_though_the_bare_model_was_tracked",
+    ),
+    Mutant(
+        "another group's numbers for a gradient",
+        "minisign/engine/released.py",
+        ' and group["params"][i] is p and any(group is x for x in groups):\n',
+        ":\n",
+        RELEASE + "test_gradients_follow_their_group",
+    ),
+    Mutant(
+        "hooks of all optimizers called again",
+        "minisign/optim/hybrid.py",
+        "    for x in hooks:\n        x.clear()\n",
+        "",
+        "tests/test_hybrid.py::test_hooks_of_all_optimizers_are_called_once",
     ),
     Mutant(
         "rows recorded in evaluation too",
@@ -437,8 +473,8 @@ MUTANTS = (
     Mutant(
         "rows without a gradient move in a kernel",
         "minisign/kernels/step.h",
-        "(!Rule::sought || found[i])",
-        "true",
+        "      if (found[k]) rows[moved++]",
+        "      rows[moved++]",
         FUSED + "test_a_plan_of_lazy_rows_follows_them",
         "17_your_own_optimizer",
     ),
@@ -611,8 +647,8 @@ MUTANTS = (
     Mutant(
         "gradients taken and not freed",
         "minisign/engine/released.py",
-        "    g, p.grad = p.grad, None\n",
-        "    g = p.grad\n",
+        "    p.grad = None\n    g = -g",
+        "    g = -g",
         RELEASE + "test_peak_memory",
         "15_stingy_memory",
     ),

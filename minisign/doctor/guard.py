@@ -78,9 +78,8 @@ class SpikeGuard:
         events: what was noticed and done.
 
     Raises:
-        ValueError, TypeError: a bad value, named; ``"back"`` without a folder; a folder that cannot be
-            written; more than ``"warn"`` where ``release_grads`` has the momentum take gradients before the
-            guard is asked.
+        ValueError, TypeError: a bad value, named; ``"back"`` without a folder that can be written; more
+            than ``"warn"`` with ``release_grads``.
     """
 
     def __init__(
@@ -103,8 +102,7 @@ class SpikeGuard:
         patience: int = 10,
         also: Mapping[str, Any] | None = None,
     ) -> None:
-        _check(on_loss, on_ratio, ratio_limit, folder)
-        _check_released(optimizer, on_loss=on_loss, on_ratio=on_ratio)
+        _check(optimizer, on_loss, on_ratio, ratio_limit, folder)
         check_counts(entries=entries, patience=patience)
         self.optimizer, self.on_loss, self.on_ratio = optimizer, on_loss, on_ratio
         self.losses, self.ratio_limit = UsualLosses(window, loss_limit), ratio_limit
@@ -247,22 +245,21 @@ class SpikeGuard:
 
 
 def _check(
-    on_loss: str | None, on_ratio: str | None, ratio_limit: float, folder: str | Path | None
+    optimizer: torch.optim.Optimizer,
+    on_loss: str | None,
+    on_ratio: str | None,
+    ratio_limit: float,
+    folder: str | Path | None,
 ) -> None:
     for name, action in (("on_loss", on_loss), ("on_ratio", on_ratio)):
         if action not in (None, *ACTIONS):
             raise ValueError(f"unknown {name} {action!r}: choose from {', '.join(ACTIONS)}, or None")
+        if action not in (None, "warn") and any(x.get("release_grads") for x in optimizer.param_groups):
+            raise ValueError(
+                f"{name}={action!r} is not for release_grads=True: when the guard is asked, the batch "
+                "is in the momentum; take 'warn', or an optimizer without release_grads"
+            )
         if action == "back" and folder is None:
             raise ValueError(f"{name}='back' needs a folder for its checkpoints")
     if not 0 < ratio_limit <= 1:
         raise ValueError(f"ratio_limit must be in (0, 1], got {ratio_limit}")
-
-
-def _check_released(optimizer: torch.optim.Optimizer, **actions: str | None) -> None:
-    if any(group.get("release_grads") for group in optimizer.param_groups):
-        for name, action in actions.items():
-            if action not in (None, "warn"):
-                raise ValueError(
-                    f"{name}={action!r} is not for release_grads=True: when the guard is asked, the batch "
-                    "is in the momentum; take 'warn', or an optimizer without release_grads"
-                )
