@@ -172,10 +172,10 @@ def test_absence_means_the_same(road: str, cls: Any, more: dict[str, Any], progr
 
 @each_road
 def test_duplicates_of_a_narrow_type_are_added_up_before_they_are_rounded(road: str) -> None:
-    """1 − 3/256 · 85 is above 0; added up in bfloat16 in this order it stays at 1 or falls below."""
-    values = torch.tensor([[1.0], *[[-3.0 / 256]] * 86], dtype=torch.bfloat16)
+    """1 − 1100/1024 is below 0; in bfloat16 each part would be lost, and it would stay at 1."""
+    values = torch.tensor([[1.0], *[[-1.0 / 1024]] * 1100], dtype=torch.bfloat16)
     p = nn.Parameter(torch.zeros(2, 1, dtype=torch.bfloat16))
-    p.grad = torch.sparse_coo_tensor(torch.zeros(1, 87, dtype=torch.long), values, (2, 1))
+    p.grad = torch.sparse_coo_tensor(torch.zeros(1, 1101, dtype=torch.long), values, (2, 1))
     exact = values.double().sum().item()
     made = Signum([p], lr=1.0, beta=0.0, weight_decay=0.0, state_dtype=torch.float32, **ROADS[road])
     made.step()
