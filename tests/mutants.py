@@ -138,9 +138,9 @@ MUTANTS = (
     ),
     Mutant(
         "another group's numbers for a gradient",
-        "minisign/engine/released.py",
-        ' and group["params"][i] is p and any(group is x for x in groups):\n',
-        ":\n",
+        "minisign/engine/contract.py",
+        'if cache.get("groups") != groups or not place[0] or place[0]["params"][place[1]] is not p:',
+        "if not place[0]:",
         RELEASE + "test_gradients_follow_their_group",
     ),
     Mutant(

@@ -10,6 +10,8 @@ from torch import Tensor
 from minisign.engine.exact import ExactOptimizer
 from minisign.engine.words import Group, Rule
 
+_NOWHERE: tuple[Group, int, int] = ({}, -1, -1)
+
 
 class RuleOptimizer(ExactOptimizer):
     """An optimizer that carries out a rule. What it does at a step is in optimizer.py, which loads the
@@ -38,14 +40,17 @@ class RuleOptimizer(ExactOptimizer):
         """Those of the rule's numbers that are others for this parameter."""
         return {}
 
-    def index_of(self, p: Tensor) -> int:
-        """The place of ``p`` among the optimizer's parameters."""
+    def place_of(self, p: Tensor) -> tuple[Group, int, int]:
+        """The group of ``p``, its place there, and among all parameters; an empty group if it has none."""
         cache, groups = self.cache("places"), [(id(x), len(x["params"])) for x in self.param_groups]
-        if cache.get("groups") != groups or id(p) not in cache:
+        place: tuple[Group, int, int] = cache.get(id(p), _NOWHERE)
+        if cache.get("groups") != groups or not place[0] or place[0]["params"][place[1]] is not p:
+            places = [(x, i) for x in self.param_groups for i in range(len(x["params"]))]
             cache.clear()
-            params = (q for group in self.param_groups for q in group["params"])
-            cache.update({id(q): i for i, q in enumerate(params)} | {"groups": groups})
-        return int(cache[id(p)])
+            cache.update({id(x["params"][i]): (x, i, n) for n, (x, i) in enumerate(places)})
+            cache["groups"] = groups
+        place = cache.get(id(p), _NOWHERE)
+        return place
 
     def cache(self, of: Any) -> dict[Any, Any]:
         """What can be made again at any time, and so is part of no copy and no checkpoint."""

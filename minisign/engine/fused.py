@@ -210,7 +210,7 @@ def _item(optimizer: RuleOptimizer, group: Group, numbers: Group, work: Work) ->
     known = [work.numbers[x] for x in shared if shared[x] in WORDS and work.numbers[x] not in WORDS]
     return Part(work.rule, tuple(shared.items()), own), Item(
         p, g, work.buffers, work.state.get("step"),
-        noise_of(group["seed"], optimizer.index_of(parameter)) if rounded else 0, by_rows, rows,
+        noise_of(group["seed"], optimizer.place_of(parameter)[2]) if rounded else 0, by_rows, rows,
         sought=lazy,
         known=known[0] if known else math.nan, own=tuple(float(work.numbers[name]) for name in own),
     )  # fmt: skip

@@ -169,10 +169,7 @@ class Optimizer(RuleOptimizer):
         """Whether a GradScaler has found an infinite gradient; the kernels on a GPU see to that by
         themselves."""
         if any(group["release_grads"] for group in self.param_groups):
-            raise RuntimeError(
-                "release_grads=True and a GradScaler exclude each other: gradients went into the momentum "
-                "with a scale on them. Train in bfloat16, which needs no scale, or without release_grads"
-            )
+            raise RuntimeError(released.NO_SCALER)
         in_kernels = (
             group["fused"] and group["accumulate"] == 1 and all(p.is_cuda for p in group["params"])
             for group in self.param_groups

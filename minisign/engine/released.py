@@ -21,6 +21,10 @@ from minisign.engine.tried import keep_and_weight
 from minisign.engine.words import Group
 from minisign.engine.work import Work, new_state, numbers_of
 
+NO_SCALER = (
+    "release_grads=True and a GradScaler exclude each other: gradients went into the momentum with a scale "
+    "on them. Train in bfloat16, which needs no scale, or without release_grads"
+)
 # Who takes a parameter's gradients. Weak: a model that outlives its optimizer keeps them.
 _OWNERS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -39,20 +43,9 @@ def hook(optimizer: RuleOptimizer, group: Group, anew: bool = True) -> None:
 
 def _hand_over(p: Tensor) -> None:
     optimizer = _OWNERS[p]()
-    group = None if optimizer is None else _group_of(optimizer, p)
-    if group is not None and group["release_grads"]:
+    if optimizer is not None and (group := optimizer.place_of(p)[0]).get("release_grads"):
         with torch.no_grad():
             _take_in(optimizer, p, group)
-
-
-def _group_of(optimizer: RuleOptimizer, p: Tensor) -> Group | None:
-    places, groups = optimizer.cache("groups"), optimizer.param_groups
-    group, i = places.get(id(p), ({"params": []}, 0))
-    if i < len(group["params"]) and group["params"][i] is p and any(group is x for x in groups):
-        return group
-    places.clear()  # groups came, went, or were loaded
-    places.update({id(q): (x, i) for x in groups for i, q in enumerate(x["params"])})
-    return places.get(id(p), (None, 0))[0]
 
 
 def look(optimizer: RuleOptimizer, group: Group) -> list[Work]:

@@ -146,7 +146,7 @@ def _counted(
     """The numbers with that of the step, if the rule has it; and the noise, which follows from it."""
     step, noise = counter(optimizer, p, state, group), None
     if group["stochastic_rounding"] and p.dtype == torch.bfloat16 and not group["capturable"]:
-        noise = Noise(p, noise_of(group["seed"], optimizer.index_of(p)), step)
+        noise = Noise(p, noise_of(group["seed"], optimizer.place_of(p)[2]), step)
     if optimizer.has_step:
         numbers = {**numbers, "step": step.item() + 1 if step.is_cpu else step + 1}
     return numbers, noise

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import optimizer as torchs
 
 from minisign.engine.exact import ExactOptimizer, check_new
+from minisign.engine.released import NO_SCALER
 
 
 class Hybrid(ExactOptimizer):
@@ -96,10 +97,7 @@ class Hybrid(ExactOptimizer):
             with torch.enable_grad():
                 loss = closure()
         if self._step_supports_amp_scaling and getattr(self, "found_inf", None) is not None:
-            raise RuntimeError(
-                "release_grads=True and a GradScaler exclude each other: gradients went into the momentum "
-                "with a scale on them. Train in bfloat16, which needs no scale, or without release_grads"
-            )
+            raise RuntimeError(NO_SCALER)
         with _no_hooks_of_all_optimizers():
             for optimizer in self.optimizers:
                 optimizer.step()

@@ -139,7 +139,7 @@ def _never_changes(rule: Rule, name: str) -> TypeError:
 
 def _check_tried(rule: Rule, buffers: int, numbers: Mapping[str, Any], has_step: bool) -> None:
     """What can be said of a rule that was not traced to its end: by steps on small tensors."""
-    p, *others = (Tensors([torch.ones(2, 2)]) for _ in range(2 + buffers))
+    p, *others = (Tensors([torch.ones(2, 2, device="cpu")]) for _ in range(2 + buffers))
     try:
         for step in range(1, STEPS_TRIED + 1):
             rule(p, *others, **numbers, **({"step": float(step)} if has_step else {}))
